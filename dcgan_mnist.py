@@ -24,11 +24,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everyone knows it by)
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.optim import Adam
+from torchsummary import summary
+from torchvision.datasets import MNIST
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 LATENT_DIM = 100  # numbers of noise that make one digit
@@ -107,8 +111,6 @@ def load_digits(data_dir: Path, split: str) -> Tensor:
     They lie in ``data_dir/MNIST/raw``, where torchvision downloads what is missing; other data
     in files of the same names and format will do. Raises Failure if there are no sound files.
     """
-    from torchvision.datasets import MNIST
-
     prefix = {"train": "train", "test": "t10k"}[split]
     raw = data_dir / "MNIST" / "raw"
     files = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
@@ -210,8 +212,6 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
 # ==================================== one epoch and the run =====================================
 def print_summaries() -> None:
     """Print torchsummary's tables, of new networks: it would change those it is given."""
-    from torchsummary import summary
-
     with torch.random.fork_rng(devices=[]):
         print("Generator")
         summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
@@ -243,7 +243,6 @@ def train_epoch(gan: DCGAN, digits: Tensor, title: str, log_every: int, stop: li
                 f" - true_out: {true_out:.3f} - fake_out: {before:.3f}>>{after:.3f}"
             )
         if stop:
-            progress.close()
             break
     check_finite(gan, stats, title)
     return stats.cpu()
@@ -301,13 +300,10 @@ def train(options: argparse.Namespace) -> None:
 # =========================================== pictures ===========================================
 @torch.no_grad()
 def draw(generator: Generator, z: Tensor) -> Tensor:
-    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black.
-
-    In eval mode, which leaves the generator as it is, and 500 at a time, to spare memory.
-    """
+    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black."""
     device, digits = next(generator.parameters()).device, []
-    generator.eval()
-    for part in z.split(500):
+    generator.eval()  # which leaves its BatchNorm statistics alone
+    for part in z.split(500):  # to spare memory
         images = generator(part.to(device)).squeeze(1)  # (500, 28, 28) in [-1, 1]
         digits.append(((images + 1) * 127.5).round().byte().cpu())
     generator.train()
@@ -316,8 +312,6 @@ def draw(generator: Generator, z: Tensor) -> Tensor:
 
 def grid(digits: Tensor, caption: str = "") -> Image.Image:
     """Arrange digits (n, 28, 28) of uint8 ten a row, twice their size, under a caption if any."""
-    from torchvision.utils import make_grid
-
     rows = Image.fromarray(make_grid(digits[:, None], nrow=10)[0].numpy())
     width, height, margin = 2 * rows.width, 2 * rows.height, 32 if caption else 0
     picture = Image.new("L", (width, margin + height))
@@ -328,10 +322,7 @@ def grid(digits: Tensor, caption: str = "") -> Image.Image:
 
 
 def write_pictures(gan: DCGAN, real: Tensor, folder: Path) -> None:
-    """Write the last epoch's picture and bring those of the whole run up to date.
-
-    ``real`` are the first digits (n, 28, 28) of uint8 that training saw.
-    """
+    """Write the last epoch's picture, and those of all the run with ``real`` (n, 28, 28) ones."""
     shown = torch.linspace(1, gan.epoch, min(gan.epoch, 10)).round().int().tolist()
     frames = [grid(gan.samples[epoch - 1], f"epoch {epoch}") for epoch in shown]
     frames.append(grid(real, "real digits"))
@@ -377,8 +368,7 @@ def write_history(gan: DCGAN, folder: Path) -> None:
         figure.savefig(file, format="png", dpi=100)
 
 
-# ---------------------------------- files and checkpoints ---------------------------------
-
+# ==================================== files and checkpoints =====================================
 NAMES = (
     r"(real_samples\.png|generated_epoch_\d{3,}\.png|timeline\.png|training\.gif"
     r"|loss_curve\.png|history\.csv|checkpoint\.pt)"
@@ -410,10 +400,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Make the output folder and keep other runs out. Raises Failure if it cannot be used.
-
-    The system frees the lock however the process ends.
-    """
+    """Make the output folder and keep other runs out. Raises Failure if it cannot be used."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -425,7 +412,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         return
     import fcntl
 
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)  # the system frees the lock however the process ends
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -466,17 +453,14 @@ def save_checkpoint(gan: DCGAN, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device) -> DCGAN:
-    """Read what save_checkpoint wrote. Raises Failure if it is missing, damaged or foreign.
-
-    Only tensors and plain values are read: nothing in the file can run code.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise Failure(f"there is no {path}; train first, or name its --output-dir") from error
+    """Read what save_checkpoint wrote. Raises Failure if it is missing, damaged or foreign."""
+    if not path.exists():
+        raise Failure(f"there is no {path}; train first, or name another --output-dir")
+    data = path.read_bytes()
     if hashlib.sha256(memoryview(data)[:-CHECKSUM_LENGTH]).digest() != data[-CHECKSUM_LENGTH:]:
         raise Failure(f"{path} is damaged or not a checkpoint of this program (wrong check sum)")
     try:
+        # weights_only: tensors and plain values are read, nothing in the file can run code
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         gan = DCGAN(content["settings"], device)
         for name, part in vars(gan).items():
@@ -576,16 +560,14 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 
 
 def settle(options: argparse.Namespace, settings: Settings) -> None:
-    """Give the SHAPING options that were left out the values of the settings.
-
-    Raises Failure if one that was given contradicts the settings of a run to go on with.
-    """
+    """Fill in the SHAPING options not given. Raises Failure if one contradicts a resumed run."""
     for name, value in settings.items():
         given = getattr(options, name)
         if given is None:
             setattr(options, name, value)
         elif options.resume and given != value:
-            raise Failure(f"the run to resume has a {name} of {value}, not {given}", 2)
+            name = name.replace("_", "-")
+            raise Failure(f"argument --{name}: the run to resume has {value}, not {given}", 2)
     if options.dry_run:
         options.epochs = 2
 
@@ -603,8 +585,6 @@ def pick_device(name: str) -> torch.device:
 
 def generate(options: argparse.Namespace) -> None:
     """Draw digits with a trained generator: all as numbers, the first 100 as a picture too."""
-    import numpy as np
-
     settle(options, DEFAULT_SETTINGS)
     folder, count = options.output_dir, options.generate
     gan = load_checkpoint(folder / "checkpoint.pt", pick_device(options.device))
