@@ -22,11 +22,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everyone knows it by)
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.optim import Adam
@@ -39,6 +37,7 @@ LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
 SAMPLES = 50  # digits in an epoch's picture
 STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
+LOG_LINE = "({}/{}) ds_loss: {:.3f} - gn_loss: {:.3f} - true_out: {:.3f} - fake_out: {:.3f}>>{:.3f}"
 Settings = dict[str, int | float | str]  # the options that shape the training, by name
 
 
@@ -92,10 +91,7 @@ class Discriminator(nn.Module):
 
 
 def weights_init(m: nn.Module) -> None:
-    """Give a layer the paper's starting weights; used as ``network.apply(weights_init)``.
-
-    Convolutions get N(0, 0.02), BatchNorm scales N(1, 0.02), their biases 0.
-    """
+    """Start a layer as the paper does: convolutions N(0, 0.02), BatchNorm N(1, 0.02), biases 0."""
     if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         return
     if m.weight is not None:
@@ -140,10 +136,7 @@ def make_batch(digits: Tensor, index: Tensor) -> Tensor:
 
 
 def random_stream(seed: int, epoch: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Return the random numbers of one epoch; epoch 0 stands for what comes before the first.
-
-    As they follow from the seed and the epoch alone, to resume needs no saved random state.
-    """
+    """Return the random numbers of an epoch; as they follow from its number, none need saving."""
     return torch.Generator(device).manual_seed(seed * 2**20 + epoch)
 
 
@@ -174,7 +167,7 @@ class DCGAN:
 
 def bce(logits: Tensor, target: float) -> Tensor:
     """Return the mean binary cross-entropy of the logits' probabilities against one target."""
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+    return nn.functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
 def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
@@ -237,11 +230,7 @@ def train_epoch(gan: DCGAN, digits: Tensor, title: str, log_every: int, stop: li
         stats[i] = training_step(gan, make_batch(digits, index), z)
         if i % log_every == 0:  # only here, and after the last step, the CPU waits for a GPU
             check_finite(gan, stats[: i + 1], title)
-            ds_loss, gn_loss, true_out, before, after = stats[i].tolist()
-            progress.write(
-                f"({i + 1}/{len(batches)}) ds_loss: {ds_loss:.3f} - gn_loss: {gn_loss:.3f}"
-                f" - true_out: {true_out:.3f} - fake_out: {before:.3f}>>{after:.3f}"
-            )
+            progress.write(LOG_LINE.format(i + 1, len(batches), *stats[i].tolist()))
         if stop:
             break
     check_finite(gan, stats, title)
@@ -266,7 +255,7 @@ def train(options: argparse.Namespace) -> None:
     settle(options, gan.settings if gan else DEFAULT_SETTINGS)
     digits = load_digits(options.data_dir, options.split).to(device)
     if options.batch_size > len(digits):
-        excess = f"{options.batch_size} is more than the {len(digits)} digits there are"
+        excess = f"{options.batch_size} is more than the {len(digits)} digits"
         raise Failure(f"argument --batch-size: {excess}", 2)
     if gan and gan.epoch >= options.epochs:
         print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
@@ -344,12 +333,11 @@ def write_history(gan: DCGAN, folder: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = len(gan.history) // gan.epoch  # in an epoch
-    lines = [",".join(("epoch", "step", *STATS))]
-    for i, row in enumerate(gan.history.tolist()):
-        figures = ",".join(f"{value:.6g}" for value in row)
-        lines.append(f"{i // steps + 1},{i % steps + 1},{figures}")
+    index = torch.arange(len(gan.history))
+    table = torch.column_stack([index // steps + 1, index % steps + 1, gan.history])
+    formats, header = ["%d", "%d"] + ["%.6g"] * len(STATS), ",".join(("epoch", "step", *STATS))
     with replacing(folder / "history.csv") as file:
-        file.write("\n".join([*lines, ""]).encode())
+        np.savetxt(file, table, formats, ",", header=header, comments="")
 
     group = -(-len(gan.history) // 400)  # steps to a point, so that curves of any length are clear
     points = torch.stack([part.mean(0) for part in gan.history.split(group)])
@@ -378,11 +366,8 @@ CHECKSUM_LENGTH = hashlib.sha256().digest_size  # bytes
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside ``path`` and, once it is whole and on disk, move it there.
-
-    Whatever happens, ``path`` holds all of the old or all of the new. Raises Failure.
-    """
+def replacing(path: Path) -> Iterator[io.BufferedWriter]:
+    """Open a file and move it to ``path`` once it is whole and on disk. Raises Failure."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -391,8 +376,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        reason = error.strerror or error
-        raise Failure(f"cannot write {path} ({reason}); what was saved before is kept") from error
+        raise Failure(f"cannot write {path} ({error.strerror or error})") from error
     finally:
         with suppress(OSError):  # it was moved, or its folder is gone
             temporary.unlink()
@@ -437,10 +421,9 @@ def clear_folder(folder: Path, resuming: bool) -> None:
 
 
 def save_checkpoint(gan: DCGAN, path: Path) -> None:
-    """Write the whole state of a run, with a check sum (SHA-256) over every byte.
+    """Write all of a run, and at the end a check sum (SHA-256) of every byte before.
 
-    torch makes a zip archive; the check sum stands at its end as the archive's comment, so that
-    ``torch.load`` reads the file like any other.
+    It stands where a zip archive has its comment, so that ``torch.load`` takes the file as it is.
     """
     content = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in vars(gan).items()}
     buffer = io.BytesIO()
@@ -470,8 +453,7 @@ def load_checkpoint(path: Path, device: torch.device) -> DCGAN:
                 setattr(gan, name, content[name])
         return gan
     except Exception as error:  # whatever another version or a forger can put in a file
-        reason = " ".join(str(error).split())[:200]
-        raise Failure(f"{path} is not a checkpoint of this version ({reason})") from error
+        raise Failure(f"{path} is not of this version ({str(error)[:200]})") from error
 
 
 # ========================================= command line =========================================
@@ -531,7 +513,6 @@ FLAGS = {  # name: (default, type or choices, help)
 }
 SHAPING = ("batch_size", "lr", "beta1", "seed", "split", "dry_run")  # what a run must keep
 DEFAULT_SETTINGS = {name: FLAGS[name][0] for name in SHAPING}
-GENERATE_EPOCH = 2**20 - 1  # names the random numbers of --generate; no run gets there
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
@@ -540,16 +521,14 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     def error(message: str) -> None:
         raise Failure(message, 2)
 
-    description = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("dcgan_mnist.py", None, description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = error
     for name, (default, kind, text) in FLAGS.items():
+        details = {"type": kind, "metavar": "DIR" if kind is Path else "N"}
         if kind is bool:
             details = {"action": "store_true"}
         elif isinstance(kind, tuple):
             details = {"choices": kind}
-        else:
-            details = {"type": kind, "metavar": "DIR" if kind is Path else "N"}
         details["help"] = f"{text} (default: {default})".replace("%", "%%")
         details["default"] = None if name in SHAPING else default
         parser.add_argument("--" + name.replace("_", "-"), **details)
@@ -588,7 +567,7 @@ def generate(options: argparse.Namespace) -> None:
     settle(options, DEFAULT_SETTINGS)
     folder, count = options.output_dir, options.generate
     gan = load_checkpoint(folder / "checkpoint.pt", pick_device(options.device))
-    stream = random_stream(options.seed, GENERATE_EPOCH)
+    stream = random_stream(options.seed, epoch=-1)  # other numbers than any in training
     digits = draw(gan.generator, torch.randn(count, LATENT_DIM, 1, 1, generator=stream))
     with replacing(folder / "generated.npy") as file:
         np.save(file, digits.numpy())
