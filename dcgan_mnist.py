@@ -29,8 +29,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.optim import Adam
 from torchsummary import summary
-from torchvision.datasets import MNIST
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 LATENT_DIM = 100  # numbers of noise that make one digit
@@ -107,6 +105,8 @@ def load_digits(data_dir: Path, split: str) -> Tensor:
     They lie in ``data_dir/MNIST/raw``, where torchvision downloads what is missing; other data
     in files of the same names and format will do. Raises Failure if there are no sound files.
     """
+    from torchvision.datasets import MNIST  # here and not above, for it takes a while
+
     prefix = {"train": "train", "test": "t10k"}[split]
     raw = data_dir / "MNIST" / "raw"
     files = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
@@ -301,6 +301,8 @@ def draw(generator: Generator, z: Tensor) -> Tensor:
 
 def grid(digits: Tensor, caption: str = "") -> Image.Image:
     """Arrange digits (n, 28, 28) of uint8 ten a row, twice their size, under a caption if any."""
+    from torchvision.utils import make_grid
+
     rows = Image.fromarray(make_grid(digits[:, None], nrow=10)[0].numpy())
     width, height, margin = 2 * rows.width, 2 * rows.height, 32 if caption else 0
     picture = Image.new("L", (width, margin + height))

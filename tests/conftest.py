@@ -11,6 +11,8 @@ import torch
 
 import dcgan_mnist
 
+torch.set_num_threads(1)  # the tests run in two processes, see .pytest.ini
+
 ROOT = Path(dcgan_mnist.__file__).parent
 LOG_LINE = re.compile(
     r"\((?P<step>\d+)/(?P<steps>\d+)\) ds_loss: (\d+\.\d{3}) - gn_loss: (\d+\.\d{3})"

@@ -4,12 +4,17 @@ import os
 import sys
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401 (a server that forks from here need not import it again)
+# unused here: so that processes forked after this need not import them
+import matplotlib.figure  # noqa: F401
+import torchvision  # noqa: F401
 
 import dcgan_mnist
 
-dcgan_mnist.WIDTH = 4
-dcgan_mnist.LATENT_DIM = 8
+
+def main(argv: list[str]) -> int:
+    dcgan_mnist.WIDTH = 4
+    dcgan_mnist.LATENT_DIM = 8
+    return dcgan_mnist.main(argv)
 
 
 def run_silently(folder: Path, argv: list[str]) -> None:
@@ -17,10 +22,10 @@ def run_silently(folder: Path, argv: list[str]) -> None:
     os.chdir(folder)
     with Path("printed.txt").open("a") as printed:
         sys.stdout = sys.stderr = printed
-        code = dcgan_mnist.main(argv)
+        code = main(argv)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(dcgan_mnist.main())
+    sys.exit(main(sys.argv[1:]))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, contents, write_idx, write_split
+from torchvision.datasets import MNIST
 
-import dcgan_mnist
 from dcgan_mnist import load_digits
 
 BUNDLED = {
@@ -54,10 +54,8 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(dcgan_mnist.MNIST, "resources", resources)
-        monkeypatch.setattr(
-            dcgan_mnist.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"]
-        )
+        monkeypatch.setattr(MNIST, "resources", resources)
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
         yield folder
         server.shutdown()
 
