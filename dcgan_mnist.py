@@ -109,8 +109,8 @@ def load_digits(data_dir: Path, split: str) -> Tensor:
 
     prefix = {"train": "train", "test": "t10k"}[split]
     raw = data_dir / "MNIST" / "raw"
-    files = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
-    names = f"{files[0].name} and {files[1].name}"
+    files = [raw / f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+    names = " and ".join(file.name for file in files)
 
     class OneSplit(MNIST):
         """torchvision's MNIST wants the files of both splits; this one only those it reads."""
@@ -125,8 +125,7 @@ def load_digits(data_dir: Path, split: str) -> Tensor:
     except Exception as error:  # whatever the network or the bytes of a damaged file can cause
         reason = (str(error).splitlines() or [type(error).__name__])[-1]
         fault = "are damaged" if all(file.is_file() for file in files) else "cannot be downloaded"
-        cure = "place sound files there, unpacked, and run again"
-        raise Failure(f"{names} in {raw} {fault} ({reason}); {cure}") from error
+        raise Failure(f"{names} in {raw} {fault} ({reason}); place sound ones there") from error
     return data.data
 
 
@@ -244,8 +243,7 @@ def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
     sound[-1] &= nn.utils.get_total_norm(weights).isfinite()
     if not sound.all():
         step = int(sound.int().argmin()) + 1
-        cure = "what was saved before is kept; try a lower --lr"
-        raise Failure(f"diverged at step {step} of {title}: a loss is NaN or infinite; {cure}")
+        raise Failure(f"diverged (NaN or infinite) at step {step} of {title}; try a lower --lr")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -255,8 +253,7 @@ def train(options: argparse.Namespace) -> None:
     settle(options, gan.settings if gan else DEFAULT_SETTINGS)
     digits = load_digits(options.data_dir, options.split).to(device)
     if options.batch_size > len(digits):
-        excess = f"{options.batch_size} is more than the {len(digits)} digits"
-        raise Failure(f"argument --batch-size: {excess}", 2)
+        raise Failure(f"argument --batch-size: there are only {len(digits)} digits", 2)
     if gan and gan.epoch >= options.epochs:
         print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
         return

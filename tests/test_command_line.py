@@ -32,7 +32,7 @@ def test_zero_is_refused(run, name: str):
         (["--epochs", "1.5"], ["--epochs", "1.5"]),
         (["--split", "both"], ["--split", "both", "train"]),
         (["--device", "abacus"], ["--device", "abacus", "cpu"]),
-        (["--batch-size", "61"], ["--batch-size", "61", "60"]),
+        (["--batch-size", "61"], ["--batch-size", "60"]),
         (["--epoch", "3"], ["--epoch"]),
         (["--generate", "3", "--dry-run"], ["--generate", "--dry-run"]),
         (["--epochs"], ["--epochs"]),

@@ -64,7 +64,7 @@ def test_readme_shows_a_log_line_of_the_programs_form():
 
 
 def test_the_file_stays_short_enough_to_read():
-    assert len(SOURCE.splitlines()) <= 600
+    assert len(SOURCE.splitlines()) < 600
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 50, node.name
