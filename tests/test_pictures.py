@@ -108,11 +108,14 @@ def test_drawing_changes_nothing():
     gan = new_gan()
     before = {name: tensor.clone() for name, tensor in gan.generator.state_dict().items()}
     state = torch.get_rng_state()
+    graphs = []
+    gan.generator.register_forward_hook(lambda *call: graphs.append(call[2].requires_grad))
     digits = draw(gan.generator, gan.fixed_noise)
     assert torch.equal(state, torch.get_rng_state())
     after = gan.generator.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert gan.generator.training
+    assert graphs == [False]
     assert all(p.grad is None for p in gan.generator.parameters())
     assert torch.equal(digits, draw(gan.generator, gan.fixed_noise))
 

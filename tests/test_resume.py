@@ -194,8 +194,8 @@ def test_a_second_stop_signal_ends_at_once(signum: int):
     assert signal.getsignal(signum) == handler
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, action) -> None:
-    """Have something happen after a training step."""
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, action) -> list[torch.Tensor]:
+    """Have something happen after a training step; return the list of the steps' figures."""
     original, steps = dcgan_mnist.training_step, []
 
     def step(*args: object) -> torch.Tensor:
@@ -204,6 +204,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, action) -> None:
         return action(stats) if len(steps) == at else stats
 
     monkeypatch.setattr(dcgan_mnist, "training_step", step)
+    return steps
 
 
 def raise_sigint(stats: torch.Tensor) -> torch.Tensor:
@@ -213,9 +214,10 @@ def raise_sigint(stats: torch.Tensor) -> torch.Tensor:
 
 def test_the_command_that_a_stop_prints_goes_on_exactly(run, whole: str, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt(patch, 8, raise_sigint)
+        steps = interrupt(patch, 7, raise_sigint)
         outcome = run(*OPTIONS, "--epochs", 4)
     assert outcome.is_one_line(130, "stopped: saved up to epoch 2", "to go on: python ")
+    assert len(steps) == 7  # of 12
     argv = shlex.split(outcome.err.split("python ", 1)[1])[1:]
     assert "--resume" in argv
     assert run(*argv).code == 0
