@@ -61,7 +61,16 @@ def test_a_checkpoint_holds_all_that_is_needed(run):
     }
     assert state["epoch"] == 2
     assert state["history"].shape == (6, 5)
-    assert state["settings"] == dcgan_mnist.DEFAULT_SETTINGS | {"batch_size": 20}
+    precision = dcgan_mnist.pick_precision("auto", torch.device("cpu"))
+    assert state["settings"] == {
+        "batch_size": 20,
+        "lr": 0.0002,
+        "beta1": 0.5,
+        "seed": 0,
+        "split": "test",
+        "precision": precision,
+        "dry_run": False,
+    }
 
 
 def test_shaping_options_come_from_the_checkpoint(run, whole: str):
