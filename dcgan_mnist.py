@@ -90,12 +90,11 @@ class Discriminator(nn.Module):
 
 def weights_init(m: nn.Module) -> None:
     """Start a layer as the paper does: convolutions N(0, 0.02), BatchNorm N(1, 0.02), biases 0."""
-    if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-        return
-    if m.weight is not None:
-        nn.init.normal_(m.weight, mean=float(isinstance(m, nn.BatchNorm2d)), std=0.02)
-    if m.bias is not None:
-        nn.init.zeros_(m.bias)
+    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        if m.weight is not None:
+            nn.init.normal_(m.weight, mean=float(isinstance(m, nn.BatchNorm2d)), std=0.02)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
 
 
 # ============================================= data =============================================
@@ -149,15 +148,11 @@ class DCGAN:
     """Both networks and optimisers, and how far their training has come: all of a checkpoint."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
+        place = {"device": device, "memory_format": torch.channels_last}  # the fastest layout
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings["seed"])
-            self.generator = Generator(LATENT_DIM, WIDTH).apply(weights_init)
-            self.discriminator = Discriminator(WIDTH).apply(weights_init)
-        for network in (
-            self.generator,
-            self.discriminator,
-        ):  # in the layout fastest to compute with
-            network.to(device, memory_format=torch.channels_last)
+            self.generator = Generator(LATENT_DIM, WIDTH).apply(weights_init).to(**place)
+            self.discriminator = Discriminator(WIDTH).apply(weights_init).to(**place)
         if settings["precision"] == "bf16":  # weights, losses and optimisers stay in fp32
             mixed = torch.autocast(device.type, torch.bfloat16)
             self.generator.forward = mixed(self.generator.forward)
@@ -181,9 +176,8 @@ def bce(logits: Tensor, target: float) -> Tensor:
 def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     """Update the discriminator, then the generator, on one batch.
 
-    Algorithm 1 of Goodfellow et al., "Generative Adversarial Nets" (2014), with its
-    non-saturating loss for the generator. Takes images (n, 1, 28, 28) in [-1, 1] and noise
-    (n, latent_dim, 1, 1); returns the STATS, (5,), on the device: to read them is to wait.
+    Algorithm 1 of Goodfellow et al. (2014), arXiv:1406.2661, with its non-saturating loss. Takes
+    images (n, 1, 28, 28) in [-1, 1] and noise (n, latent_dim, 1, 1); returns the STATS, (5,).
     """
     generator, discriminator = gan.generator, gan.discriminator
     fake = generator(z)  # (n, 1, 28, 28) in [-1, 1]
@@ -267,8 +261,7 @@ def train(options: argparse.Namespace) -> None:
     if gan and gan.epoch >= options.epochs:
         print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
         return
-    first = shuffled(len(digits), options.seed, epoch=1)[:SAMPLES]
-    real = digits[first.to(device)].cpu()
+    real = digits[shuffled(len(digits), options.seed, epoch=1)[:SAMPLES].to(device)].cpu()
 
     with folder_lock(folder), stop_signals() as stop:
         clear_folder(folder, options.resume)
@@ -280,10 +273,9 @@ def train(options: argparse.Namespace) -> None:
             title = f"Epoch {gan.epoch + 1}/{options.epochs}"
             stats = train_epoch(gan, digits, title, options.log_every, stop)
             if stop:
-                saved = f"saved up to epoch {gan.epoch}" if gan.epoch else "nothing saved yet"
                 resume = ["--resume"] if gan.epoch and not options.resume else []
                 command = shlex.join(["python", sys.argv[0], *options.argv, *resume])
-                raise Failure(f"{saved}; to go on: {command}", 128 + stop[0])
+                raise Failure(f"saved up to epoch {gan.epoch}; to go on: {command}", 128 + stop[0])
             gan.epoch += 1
             gan.history = torch.cat([gan.history, stats])
             gan.samples = torch.cat([gan.samples, draw(gan.generator, gan.fixed_noise)[None]])
@@ -430,10 +422,7 @@ def clear_folder(folder: Path, resuming: bool) -> None:
 
 
 def save_checkpoint(gan: DCGAN, path: Path) -> None:
-    """Write all of a run, and at the end a check sum (SHA-256) of every byte before.
-
-    It stands where a zip archive has its comment, so that ``torch.load`` takes the file as it is.
-    """
+    """Write all of a run and a SHA-256 of it, which torch.load takes for the archive's comment."""
     content = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in vars(gan).items()}
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -564,14 +553,12 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """Return the precision of that name, for "auto" bf16 if the hardware computes in it."""
-    if name != "auto":
-        return name
     cpu = torch.cpu.get_capabilities()
-    native = {
-        "cuda": torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0),
-        "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16"),
-    }
-    return "bf16" if native.get(device.type) else "fp32"
+    native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    if device.type != "cpu":
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    auto = "bf16" if native else "fp32"
+    return auto if name == "auto" else name
 
 
 def generate(options: argparse.Namespace) -> None:

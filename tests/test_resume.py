@@ -96,6 +96,21 @@ def test_another_value_with_resume_is_refused_naming_both(
     assert run("--resume", "--epochs", 2, f"--{name}", kept).code == 0
 
 
+def test_another_precision_with_resume_is_refused(run):
+    run(*OPTIONS, "--epochs", 1, "--precision", "fp32")
+    refused = run("--resume", "--epochs", 2, "--precision", "bf16")
+    assert refused.is_one_line(2, "--precision", "fp32", "bf16")
+    assert run("--resume", "--epochs", 2, "--precision", "fp32").code == 0
+
+
+def test_a_run_in_bf16_resumes_bit_identical(run):
+    bf16 = (*OPTIONS, "--precision", "bf16")
+    run(*bf16, "--epochs", 2, "--output-dir", "whole")
+    run(*bf16, "--epochs", 1)
+    run("--resume", "--epochs", 2)
+    assert_same_run("result", "whole")
+
+
 def test_another_split_with_resume_is_refused(run):
     run(*OPTIONS, "--epochs", 1)
     assert run("--resume", "--split", "train").is_one_line(2, "--split", "test", "train")
@@ -236,7 +251,7 @@ def test_the_command_that_a_stop_prints_goes_on_exactly(run, whole: str, monkeyp
 def test_a_stop_in_the_first_epoch_says_that_nothing_is_saved(run, monkeypatch):
     interrupt(monkeypatch, 2, raise_sigint)
     outcome = run(*OPTIONS)
-    assert outcome.is_one_line(130, "nothing saved yet", "to go on: ")
+    assert outcome.is_one_line(130, "saved up to epoch 0", "to go on: ")
     assert "--resume" not in outcome.err
 
 

@@ -102,6 +102,53 @@ def test_a_confident_discriminator_still_gives_a_gradient():
     assert gan.generator.layers[0].weight.grad.any()
 
 
+@pytest.mark.parametrize(
+    ("device", "cpu", "capability", "expected"),
+    [
+        ("cpu", {"avx512_bf16": True}, None, "bf16"),
+        ("cpu", {"amx_bf16": True}, None, "bf16"),
+        ("cpu", {"avx512_bf16": False}, None, "fp32"),
+        ("cpu", {}, None, "fp32"),
+        ("cuda", {}, (8, 0), "bf16"),
+        ("cuda", {}, (9, 0), "bf16"),
+        ("cuda", {"avx512_bf16": True}, (7, 5), "fp32"),
+        ("mps", {"avx512_bf16": True}, None, "fp32"),
+    ],
+)
+def test_auto_precision_is_bf16_where_the_hardware_has_it(
+    monkeypatch, device: str, cpu: dict, capability: tuple | None, expected: str
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert dcgan_mnist.pick_precision("auto", torch.device(device)) == expected
+    for name in ("fp32", "bf16"):
+        assert dcgan_mnist.pick_precision(name, torch.device(device)) == name
+
+
+def test_bf16_computes_in_bf16_and_keeps_everything_in_fp32():
+    gan, (real, z) = new_gan(precision="bf16"), batch()
+    inside = []
+    for network in (gan.generator, gan.discriminator):
+        network.layers[0].register_forward_hook(lambda *call: inside.append(call[2].dtype))
+    stats = training_step(gan, real, z)
+    assert set(inside) == {torch.bfloat16}
+    assert gan.generator(z).dtype == gan.discriminator(real).dtype == torch.float32
+    assert gan.discriminator.logits(real).dtype == stats.dtype == torch.float32
+    for network in (gan.generator, gan.discriminator):
+        floats = [t for t in network.state_dict().values() if t.is_floating_point()]
+        assert {t.dtype for t in floats} == {torch.float32}
+        assert {p.grad.dtype for p in network.parameters()} == {torch.float32}
+    for optimizer in (gan.optimizer_g, gan.optimizer_d):
+        states = [t for state in optimizer.state.values() for t in state.values()]
+        assert {t.dtype for t in states} == {torch.float32}
+
+
+def test_bf16_gives_the_figures_of_fp32_but_for_rounding():
+    exact, rounded = (training_step(new_gan(precision=p), *batch()) for p in ("fp32", "bf16"))
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
 def test_settings_reach_both_optimisers():
     gan = new_gan(lr=0.01, beta1=0.7)
     for optimizer in (gan.optimizer_g, gan.optimizer_d):
