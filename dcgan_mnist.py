@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +111,7 @@ def load_digits(data_dir: Path, split: str) -> Tensor:
     files = [raw / f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
     names = " and ".join(file.name for file in files)
 
-    class OneSplit(MNIST):
-        """torchvision's MNIST wants the files of both splits; this one only those it reads."""
-
+    class OneSplit(MNIST):  # which wants the files of both splits, this one only those it reads
         resources = [r for r in MNIST.resources if r[0].startswith(prefix)]  # noqa: RUF012
         raw_folder = str(raw)
 
@@ -168,11 +166,6 @@ class DCGAN:
         self.history = torch.empty(0, len(STATS))  # a row for each step
 
 
-def bce(logits: Tensor, target: float) -> Tensor:
-    """Return the mean binary cross-entropy of the logits' probabilities against one target."""
-    return nn.functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
-
-
 def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     """Update the discriminator, then the generator, on one batch.
 
@@ -180,6 +173,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     images (n, 1, 28, 28) in [-1, 1] and noise (n, latent_dim, 1, 1); returns the STATS, (5,).
     """
     generator, discriminator = gan.generator, gan.discriminator
+    bce, ones, zeros = nn.BCEWithLogitsLoss(), real.new_ones(len(real)), real.new_zeros(len(real))
     fake = generator(z)  # (n, 1, 28, 28) in [-1, 1]
 
     # (1) The discriminator: maximise log D(x) + log(1 - D(G(z))).
@@ -187,7 +181,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     gan.optimizer_d.zero_grad()
     on_real = discriminator.logits(real)  # (n,)
     on_fake = discriminator.logits(fake.detach())  # detached: no gradient for the generator
-    ds_loss = bce(on_real, 1) + bce(on_fake, 0)
+    ds_loss = bce(on_real, ones) + bce(on_fake, zeros)
     ds_loss.backward()
     gan.optimizer_d.step()
 
@@ -196,7 +190,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     discriminator.requires_grad_(False)
     gan.optimizer_g.zero_grad()
     on_fake_after = discriminator.logits(fake)  # (n,)
-    gn_loss = bce(on_fake_after, 1)
+    gn_loss = bce(on_fake_after, ones)
     gn_loss.backward()
     gan.optimizer_g.step()
 
@@ -379,8 +373,7 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     except OSError as error:
         raise Failure(f"cannot write {path} ({error.strerror or error})") from error
     finally:
-        with suppress(OSError):  # it was moved, or its folder is gone
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
