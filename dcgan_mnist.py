@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.optim import Adam
 from torchsummary import summary
 from tqdm import tqdm
 
@@ -36,7 +35,6 @@ WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4
 SAMPLES = 50  # digits in an epoch's picture
 STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
 LOG_LINE = "({}/{}) ds_loss: {:.3f} - gn_loss: {:.3f} - true_out: {:.3f} - fake_out: {:.3f}>>{:.3f}"
-Settings = dict[str, int | float | str]  # the options that shape the training, by name
 
 
 # =========================================== networks ===========================================
@@ -101,8 +99,7 @@ def weights_init(m: nn.Module) -> None:
 def load_digits(data_dir: Path, split: str) -> Tensor:
     """Read the digits of a split, "test" or "train", as one tensor (n, 28, 28) of uint8.
 
-    They lie in ``data_dir/MNIST/raw``, where torchvision downloads what is missing; other data
-    in files of the same names and format will do. Raises Failure if there are no sound files.
+    Files missing in ``data_dir/MNIST/raw`` are downloaded; others of MNIST's format will do.
     """
     from torchvision.datasets import MNIST  # here and not above, for it takes a while
 
@@ -132,7 +129,7 @@ def make_batch(digits: Tensor, index: Tensor) -> Tensor:
 
 
 def random_stream(seed: int, epoch: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Return the random numbers of an epoch; as they follow from its number, none need saving."""
+    """Return the random numbers of an epoch; 0: before the first, -1: of --generate."""
     return torch.Generator(device).manual_seed(seed * 2**20 + epoch)
 
 
@@ -145,7 +142,7 @@ def shuffled(count: int, seed: int, epoch: int) -> Tensor:
 class DCGAN:
     """Both networks and optimisers, and how far their training has come: all of a checkpoint."""
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: dict, device: torch.device) -> None:
         place = {"device": device, "memory_format": torch.channels_last}  # the fastest layout
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings["seed"])
@@ -155,9 +152,9 @@ class DCGAN:
             mixed = torch.autocast(device.type, torch.bfloat16)
             self.generator.forward = mixed(self.generator.forward)
             self.discriminator.logits = mixed(self.discriminator.logits)
-        lr, betas = settings["lr"], (settings["beta1"], 0.999)
-        self.optimizer_g = Adam(self.generator.parameters(), lr, betas, fused=True)
-        self.optimizer_d = Adam(self.discriminator.parameters(), lr, betas, fused=True)
+        adam = {"betas": (settings["beta1"], 0.999), "fused": True, "capturable": True}
+        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), settings["lr"], **adam)
+        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), settings["lr"], **adam)
         self.settings = settings
         self.epoch = 0  # epochs done
         stream = random_stream(settings["seed"], epoch=0)
@@ -198,6 +195,33 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     return torch.stack([ds_loss, gn_loss, *outputs]).detach()
 
 
+class GraphedStep:
+    """training_step, on a GPU replayed from a CUDA graph: one launch instead of hundreds."""
+
+    def __init__(self, gan: DCGAN) -> None:
+        self.gan, self.full_steps, self.graph = gan, 0, None
+
+    def __call__(self, real: Tensor, z: Tensor) -> Tensor:
+        self.full_steps += len(real) == self.gan.settings["batch_size"]
+        if self.full_steps == 4 and real.is_cuda:  # a GPU is warm by then
+            self.record(real.clone(), z.clone())
+        if self.graph is None or real.shape != self.real.shape:
+            return training_step(self.gan, real, z)
+        self.real.copy_(real)
+        self.z.copy_(z)
+        self.graph.replay()
+        return self.stats
+
+    def record(self, real: Tensor, z: Tensor) -> None:
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self.stats = training_step(self.gan, real, z)  # computes nothing until replayed
+            self.real, self.z, self.graph = real, z, graph
+        except RuntimeError as error:
+            print(f"No CUDA graph, so steps take longer: {error}".splitlines()[0])
+
+
 # ==================================== one epoch and the run =====================================
 def print_summaries() -> None:
     """Print torchsummary's tables, of new networks: it would change those it is given."""
@@ -208,11 +232,9 @@ def print_summaries() -> None:
         summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
 
 
-def train_epoch(gan: DCGAN, digits: Tensor, title: str, log_every: int, stop: list[int]) -> Tensor:
-    """Train on every digit once, or until there is a signal in ``stop``.
-
-    Returns the STATS of each step, (steps, 5), on the CPU. Raises Failure on divergence.
-    """
+def train_epoch(step: GraphedStep, digits: Tensor, title: str, every: int, stop: list) -> Tensor:
+    """Train on every digit once; return the STATS of each step, (steps, 5). Raises Failure."""
+    gan = step.gan
     seed, epoch, device = gan.settings["seed"], gan.epoch + 1, digits.device
     batches = shuffled(len(digits), seed, epoch).to(device).split(gan.settings["batch_size"])
     if gan.settings["dry_run"]:
@@ -223,8 +245,8 @@ def train_epoch(gan: DCGAN, digits: Tensor, title: str, log_every: int, stop: li
     progress = tqdm(batches, title, unit="step", leave=False, disable=None)
     for i, index in enumerate(progress):
         z = torch.randn(len(index), LATENT_DIM, 1, 1, generator=noise, device=device)
-        stats[i] = training_step(gan, make_batch(digits, index), z)
-        if i % log_every == 0:  # only here, and after the last step, the CPU waits for a GPU
+        stats[i] = step(make_batch(digits, index), z)
+        if i % every == 0:  # only here, and after the last step, the CPU waits for a GPU
             check_finite(gan, stats[: i + 1], title)
             progress.write(LOG_LINE.format(i + 1, len(batches), *stats[i].tolist()))
         if stop:
@@ -239,33 +261,39 @@ def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
     weights = [*gan.generator.parameters(), *gan.discriminator.parameters()]
     sound[-1] &= nn.utils.get_total_norm(weights).isfinite()
     if not sound.all():
-        step = int(sound.int().argmin()) + 1
-        raise Failure(f"diverged (NaN or infinite) at step {step} of {title}; try a lower --lr")
+        raise Failure(f"diverged at step {sound.int().argmin() + 1} of {title}; try a lower --lr")
 
 
 def train(options: argparse.Namespace) -> None:
     """Train up to the last epoch; bring the output folder up to date after each."""
-    device, folder = pick_device(options.device), options.output_dir
-    gan = load_checkpoint(folder / "checkpoint.pt", device) if options.resume else None
-    settle(options, gan.settings if gan else DEFAULTS)
-    options.precision = pick_precision(options.precision, device)
+    device, gan, folder = pick_hardware(options), None, options.output_dir
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be recorded on the default one
+    if options.resume:
+        gan = load_checkpoint(folder / "checkpoint.pt", device)
+        options = parse_options(options.argv, gan.settings)
+        for name, value in gan.settings.items():
+            if getattr(options, name) != value:
+                given = f"argument --{name.replace('_', '-')}: {getattr(options, name)}"
+                raise Failure(f"{given}, but the run to resume has {value}", 2)
+        if gan.epoch >= options.epochs:
+            print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
+            return
     digits = load_digits(options.data_dir, options.split).to(device)
     if options.batch_size > len(digits):
         raise Failure(f"argument --batch-size: there are only {len(digits)} digits", 2)
-    if gan and gan.epoch >= options.epochs:
-        print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
-        return
     real = digits[shuffled(len(digits), options.seed, epoch=1)[:SAMPLES].to(device)].cpu()
-
     with folder_lock(folder), stop_signals() as stop:
-        clear_folder(folder, options.resume)
-        gan = gan or DCGAN({name: getattr(options, name) for name in SHAPING}, device)
+        if gan is None:
+            clear_folder(folder)
+            gan = DCGAN({name: getattr(options, name) for name in SHAPING}, device)
+        step = GraphedStep(gan)
         print_summaries()
         print(f"Training on {len(digits):,} digits on {device} in {options.precision}")
         start = time.perf_counter()
         while gan.epoch < options.epochs:
             title = f"Epoch {gan.epoch + 1}/{options.epochs}"
-            stats = train_epoch(gan, digits, title, options.log_every, stop)
+            stats = train_epoch(step, digits, title, options.log_every, stop)
             if stop:
                 resume = ["--resume"] if gan.epoch and not options.resume else []
                 command = shlex.join(["python", sys.argv[0], *options.argv, *resume])
@@ -333,7 +361,6 @@ def write_history(gan: DCGAN, folder: Path) -> None:
     formats, header = ["%d", "%d"] + ["%.6g"] * len(STATS), ",".join(("epoch", "step", *STATS))
     with replacing(folder / "history.csv") as file:
         np.savetxt(file, table, formats, ",", header=header, comments="")
-
     group = -(-len(gan.history) // 400)  # steps to a point, so that curves of any length are clear
     points = torch.stack([part.mean(0) for part in gan.history.split(group)])
     x = torch.arange(len(points)) * group + 1
@@ -352,11 +379,6 @@ def write_history(gan: DCGAN, folder: Path) -> None:
 
 
 # ==================================== files and checkpoints =====================================
-NAMES = (
-    r"(real_samples\.png|generated_epoch_\d{3,}\.png|timeline\.png|training\.gif"
-    r"|loss_curve\.png|history\.csv|checkpoint\.pt)"
-)
-RUN_FILES = re.compile(rf"{NAMES}|\.{NAMES}\.tmp")
 CHECKSUM_LENGTH = hashlib.sha256().digest_size  # bytes
 
 
@@ -400,12 +422,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def clear_folder(folder: Path, resuming: bool) -> None:
-    """Remove an earlier run's files, all but its checkpoint; if resuming, half-written ones."""
-    old = [path for path in folder.iterdir() if RUN_FILES.fullmatch(path.name)]
-    if resuming:
-        old = [path for path in old if path.suffix == ".tmp"]
-    elif old:
+def clear_folder(folder: Path) -> None:
+    """Remove the files of an earlier run; its checkpoint stays, as checkpoint.previous.pt."""
+    names = r"((real_samples|generated_epoch_\d{3,}|timeline|loss_curve)\.png|training\.gif"
+    names += r"|history\.csv|checkpoint\.pt)"
+    ours = re.compile(rf"{names}|\.{names}\.tmp")
+    old = [path for path in folder.iterdir() if ours.fullmatch(path.name)]
+    if old:
         print(f"Replacing the earlier run in {folder}; checkpoint.previous.pt keeps its networks")
     for path in old:
         if path.name == "checkpoint.pt":
@@ -480,22 +503,21 @@ FLAGS = {  # name: (default, lowest and highest number or the words allowed, hel
     "output_dir": (Path("result"), (), "folder for everything that is written"),
     "data_dir": (Path(__file__).resolve().parent / "MNIST", (), "folder of the digits' files"),
     "split": ("test", ("test", "train"), "the 10,000 bundled digits, or 60,000 to download once"),
-    "lr": (0.0002, (1e-8, 1), "learning rate of both networks"),
-    "beta1": (0.5, (0, 0.9999), "Adam's decay rate of the mean gradient"),
+    "lr": (0.0002, (1e-8, 1.0), "learning rate of both networks"),
+    "beta1": (0.5, (0.0, 0.9999), "Adam's decay rate of the mean gradient"),
     "seed": (0, (0, 2**32 - 1), "where all random numbers start"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute; auto: on a GPU if any"),
     "precision": ("auto", ("auto", "fp32", "bf16"), "auto: bf16 where the hardware has it"),
     "log_every": (100, (1, 10**6), "steps from one log line to the next"),
     "resume": (False, (), "go on with the run in the output folder"),
     "dry_run": (False, (), "two epochs of three steps, to check an installation"),
-    "generate": (0, (1, 100_000), "train nothing, draw this many digits"),
+    "generate": (None, (1, 100_000), "train nothing, draw this many digits"),
 }
-DEFAULTS = {name: default for name, (default, _, _) in FLAGS.items()}
 SHAPING = ("batch_size", "lr", "beta1", "seed", "split", "precision", "dry_run")  # kept by a run
 
 
-def parse_options(argv: list[str]) -> argparse.Namespace:
-    """Read the command line; SHAPING options that were not given are None. Raises Failure."""
+def parse_options(argv: list[str], settings: dict | None = None) -> argparse.Namespace:
+    """Read the command line, with the settings for defaults if given. Raises Failure."""
 
     def error(message: str) -> None:
         raise Failure(message, 2)
@@ -503,79 +525,64 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = error
     for name, (default, allowed, text) in FLAGS.items():
-        kind = {"action": "store_true"} if default is False else {"type": type(default)}
-        words = {"choices": allowed} if isinstance(default, str) else {}
+        kind = {"type": type(allowed[0]) if allowed else type(default)}
+        if default is False:
+            kind = {"action": "store_true"}
+        elif isinstance(default, str):
+            kind = {"choices": allowed}
         text = f"{text} (default: {default})".replace("%", "%%")
-        parser.add_argument("--" + name.replace("_", "-"), default=None, help=text, **kind, **words)
+        default = (settings or {}).get(name, default)
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
     options = parser.parse_args(argv, argparse.Namespace(argv=argv))
-    for name, (default, allowed, _) in FLAGS.items():
+    for name, (_, allowed, _) in FLAGS.items():
         value = getattr(options, name)
         if isinstance(value, (int, float)) and allowed and not allowed[0] <= value <= allowed[1]:
             flag = name.replace("_", "-")
             error(f"argument --{flag}: from {allowed[0]} to {allowed[1]}, please, not {value}")
-        if value is None and name not in SHAPING:
-            setattr(options, name, default)
     if options.generate and (options.resume or options.dry_run):
         error("--generate trains nothing: leave out --resume and --dry-run")
+    if options.dry_run:
+        options.epochs = 2
     return options
 
 
-def settle(options: argparse.Namespace, settings: Settings) -> None:
-    """Fill in the SHAPING options not given. Raises Failure if one contradicts a resumed run."""
-    for name in SHAPING:
-        given, value = getattr(options, name), settings[name]
-        if given is None:
-            setattr(options, name, value)
-        elif options.resume and given != value:
-            name = name.replace("_", "-")
-            raise Failure(f"argument --{name}: the run to resume has {value}, not {given}", 2)
-    if options.dry_run:
-        options.epochs = 2
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of that name, for "auto" the fastest there is. Raises Failure."""
+def pick_hardware(options: argparse.Namespace) -> torch.device:
+    """Return the device, and replace "auto" in options.precision. Raises Failure."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = options.device
     if name == "auto":
         name = next((device for device in there if there[device]), "cpu")
     if not there.get(name, True):
         raise Failure(f"argument --device: this machine has no {name}; cpu always works", 2)
+    if options.precision == "auto":  # bf16 where the hardware computes in it
+        cpu = torch.cpu.get_capabilities()
+        native = name == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        if name == "cuda":
+            native = torch.cuda.get_device_capability() >= (8, 0)
+        options.precision = "bf16" if native else "fp32"
     torch.backends.cudnn.deterministic = True  # the same seed gives the same run
     return torch.device(name)
 
 
-def pick_precision(name: str, device: torch.device) -> str:
-    """Return the precision of that name, for "auto" bf16 if the hardware computes in it."""
-    cpu = torch.cpu.get_capabilities()
-    native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    if device.type != "cpu":
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    auto = "bf16" if native else "fp32"
-    return auto if name == "auto" else name
-
-
 def generate(options: argparse.Namespace) -> None:
     """Draw digits with a trained generator: all as numbers, the first 100 as a picture too."""
-    settle(options, DEFAULTS)
-    folder, count = options.output_dir, options.generate
-    gan = load_checkpoint(folder / "checkpoint.pt", pick_device(options.device))
-    stream = random_stream(options.seed, epoch=-1)  # other numbers than any in training
-    digits = draw(gan.generator, torch.randn(count, LATENT_DIM, 1, 1, generator=stream))
+    folder = options.output_dir
+    gan = load_checkpoint(folder / "checkpoint.pt", pick_hardware(options))
+    z = torch.randn(options.generate, LATENT_DIM, 1, 1, generator=random_stream(options.seed, -1))
+    digits = draw(gan.generator, z)
     with replacing(folder / "generated.npy") as file:
         np.save(file, digits.numpy())
     with replacing(folder / "generated.png") as file:
         grid(digits[:100]).save(file, "PNG")
-    print(f"wrote {count:,} digits to {folder / 'generated.npy'}, the first to generated.png")
+    print(f"wrote {len(z):,} digits to {folder / 'generated.npy'}, the first to generated.png")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv)
-        if options.generate:
-            generate(options)
-        else:
-            train(options)
+        command = generate if options.generate else train
+        command(options)
         return 0
     except Failure as failure:
         code, message = failure.code, str(failure)

@@ -73,14 +73,14 @@ def textbook_loop(device: torch.device) -> Loop:
 def program_loop(device: torch.device, precision: str) -> Loop:
     """Train as the program does; a step for each item."""
     names = dcgan_mnist.SHAPING
-    settings = {name: dcgan_mnist.DEFAULTS[name] for name in names} | {"precision": precision}
-    gan = dcgan_mnist.DCGAN(settings, device)
+    settings = {name: dcgan_mnist.FLAGS[name][0] for name in names} | {"precision": precision}
+    step = dcgan_mnist.GraphedStep(dcgan_mnist.DCGAN(settings, device))
     digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test").to(device)
     noise = dcgan_mnist.random_stream(0, 1, device)
     while True:
         for index in dcgan_mnist.shuffled(len(digits), 0, 1).to(device).split(BATCH_SIZE):
             z = torch.randn(BATCH_SIZE, 100, 1, 1, generator=noise, device=device)
-            dcgan_mnist.training_step(gan, dcgan_mnist.make_batch(digits, index), z)
+            step(dcgan_mnist.make_batch(digits, index), z)
             yield
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds: under a minute")
     quick = parser.parse_args().quick
-    device = dcgan_mnist.pick_device("auto")
+    device = dcgan_mnist.pick_hardware(dcgan_mnist.parse_options([]))
     steps, rounds = (2, 4) if quick else (5, 20)
     if device.type == "cuda":
         steps, name = 50 * steps, torch.cuda.get_device_name()

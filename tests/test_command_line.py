@@ -66,7 +66,8 @@ def test_a_device_that_is_not_there_ends_with_one_line(capsys, tmp_path, monkeyp
 def test_auto_takes_the_fastest_device(monkeypatch, cuda: bool, mps: bool, expected: str):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert dcgan_mnist.pick_device("auto").type == expected
+    options = dcgan_mnist.parse_options(["--precision", "fp32"])
+    assert dcgan_mnist.pick_hardware(options).type == expected
 
 
 @pytest.mark.parametrize("target", ["file", "file/below", "/proc/nowhere"])

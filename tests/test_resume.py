@@ -61,14 +61,15 @@ def test_a_checkpoint_holds_all_that_is_needed(run):
     }
     assert state["epoch"] == 2
     assert state["history"].shape == (6, 5)
-    precision = dcgan_mnist.pick_precision("auto", torch.device("cpu"))
+    options = dcgan_mnist.parse_options(["--device", "cpu"])
+    dcgan_mnist.pick_hardware(options)
     assert state["settings"] == {
         "batch_size": 20,
         "lr": 0.0002,
         "beta1": 0.5,
         "seed": 0,
         "split": "test",
-        "precision": precision,
+        "precision": options.precision,
         "dry_run": False,
     }
 
@@ -455,7 +456,7 @@ def test_half_written_files_of_a_killed_run_are_removed(run):
     run(*OPTIONS, "--epochs", 1)
     for name in (".checkpoint.pt.tmp", ".generated_epoch_007.png.tmp", ".mine.tmp"):
         (Path("result") / name).write_bytes(b"half")
-    run("--resume", "--epochs", 2)
+    run(*OPTIONS, "--epochs", 2)
     left = [path.name for path in Path("result").iterdir() if path.name.startswith(".")]
     assert left == [".mine.tmp"]
 

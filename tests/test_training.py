@@ -1,4 +1,7 @@
+import contextlib
+import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,10 +122,13 @@ def test_auto_precision_is_bf16_where_the_hardware_has_it(
     monkeypatch, device: str, cpu: dict, capability: tuple | None, expected: str
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert dcgan_mnist.pick_precision("auto", torch.device(device)) == expected
-    for name in ("fp32", "bf16"):
-        assert dcgan_mnist.pick_precision(name, torch.device(device)) == name
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: device == "mps")
+    for asked, given in (("auto", expected), ("fp32", "fp32"), ("bf16", "bf16")):
+        options = dcgan_mnist.parse_options(["--device", device, "--precision", asked])
+        dcgan_mnist.pick_hardware(options)
+        assert options.precision == given
 
 
 def test_bf16_computes_in_bf16_and_keeps_everything_in_fp32():
@@ -233,3 +239,89 @@ def test_the_generator_learns_the_brightness_of_its_data():
     for _ in range(150):
         training_step(gan, white, z)
     assert dcgan_mnist.draw(gan.generator, z).float().mean() > 200
+
+
+class FakeGraph:
+    """Stands in for a CUDA graph: while recording, steps compute nothing; a replay takes one."""
+
+    recording = False
+
+    def __init__(self, graphed: dcgan_mnist.GraphedStep) -> None:
+        self.graphed = graphed
+
+    def replay(self) -> None:
+        graphed = self.graphed
+        graphed.stats.copy_(training_step(graphed.gan, graphed.real, graphed.z))
+
+
+def fake_graphs(monkeypatch: pytest.MonkeyPatch, graphed: dcgan_mnist.GraphedStep) -> list[str]:
+    """Let a step on the CPU record graphs; return the list of what it does besides replays."""
+    events = []
+
+    def step(gan: object, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        events.append("record" if FakeGraph.recording else "step")
+        return torch.full((5,), torch.nan) if FakeGraph.recording else training_step(gan, real, z)
+
+    @contextlib.contextmanager
+    def record(graph: FakeGraph, stream: object) -> Iterator[None]:
+        FakeGraph.recording = True
+        yield
+        FakeGraph.recording = False
+
+    monkeypatch.setattr(dcgan_mnist, "training_step", step)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(graphed))
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    return events
+
+
+SIZES = [20, 20, 7, 20, 20, 20, 7, 20]
+
+
+def take_steps(step: dcgan_mnist.GraphedStep) -> list[torch.Tensor]:
+    """Take a step with a batch of each of the SIZES; return all figures, then all weights."""
+    figures = []
+    for i, size in enumerate(SIZES):
+        real, z = batch(size)
+        figures.append(step(real * (i + 1) / len(SIZES), z).clone())
+    return figures + parameters(step.gan.generator) + parameters(step.gan.discriminator)
+
+
+def test_graphed_steps_give_what_plain_steps_give(monkeypatch):
+    plain = take_steps(dcgan_mnist.GraphedStep(new_gan(batch_size=20)))
+    graphed = dcgan_mnist.GraphedStep(new_gan(batch_size=20))
+    events = fake_graphs(monkeypatch, graphed)
+    assert same(take_steps(graphed), plain)
+    assert events == ["step"] * 4 + ["record", "step"]
+
+
+def test_a_graph_that_cannot_be_recorded_leaves_plain_steps_and_one_line(monkeypatch, capsys):
+    plain = take_steps(dcgan_mnist.GraphedStep(new_gan(batch_size=20)))
+    graphed = dcgan_mnist.GraphedStep(new_gan(batch_size=20))
+    events = fake_graphs(monkeypatch, graphed)
+
+    def refuse() -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    assert same(take_steps(graphed), plain)
+    assert events == ["step"] * len(SIZES)
+    printed = capsys.readouterr().out
+    assert printed == "No CUDA graph, so steps take longer: operation not permitted\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_cuda_graph_gives_what_plain_steps_give():
+    device = torch.device("cuda")
+    runs = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for make in (dcgan_mnist.GraphedStep, lambda gan: functools.partial(training_step, gan)):
+            gan = dcgan_mnist.DCGAN(new_gan(batch_size=20).settings, device)
+            step = make(gan)
+            for size in SIZES:
+                real, z = batch(size)
+                figures = step(real.to(device), z.to(device)).clone()
+            runs.append([figures, *parameters(gan.generator), *parameters(gan.discriminator)])
+    for graphed, plain in zip(*runs, strict=True):
+        torch.testing.assert_close(graphed, plain, rtol=1e-3, atol=1e-4)
