@@ -171,6 +171,7 @@ def main() -> None:
     device = dcgan_mnist.pick_hardware(dcgan_mnist.parse_options([]))
     steps, rounds = (2, 4) if quick else (5, 20)
     if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # as the program does
         steps, name = 50 * steps, torch.cuda.get_device_name()
     else:
         cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
