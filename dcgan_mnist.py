@@ -242,13 +242,12 @@ def train_epoch(step: GraphedStep, digits: Tensor, title: str, every: int, stop:
     noise = random_stream(seed, epoch, device)
     stats = torch.zeros(len(batches), len(STATS), device=device)
     print(title)
-    progress = tqdm(batches, title, unit="step", leave=False, disable=None)
-    for i, index in enumerate(progress):
+    for i, index in enumerate(tqdm(batches, title, unit="step", leave=False, disable=None)):
         z = torch.randn(len(index), LATENT_DIM, 1, 1, generator=noise, device=device)
         stats[i] = step(make_batch(digits, index), z)
         if i % every == 0:  # only here, and after the last step, the CPU waits for a GPU
             check_finite(gan, stats[: i + 1], title)
-            progress.write(LOG_LINE.format(i + 1, len(batches), *stats[i].tolist()))
+            tqdm.write(LOG_LINE.format(i + 1, len(batches), *stats[i].tolist()))
         if stop:
             break
     check_finite(gan, stats, title)
@@ -457,8 +456,9 @@ def load_checkpoint(path: Path, device: torch.device) -> DCGAN:
     if hashlib.sha256(memoryview(data)[:-CHECKSUM_LENGTH]).digest() != data[-CHECKSUM_LENGTH:]:
         raise Failure(f"{path} is damaged or not a checkpoint of this program (wrong check sum)")
     try:
-        # weights_only: tensors and plain values are read, nothing in the file can run code
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # no code
+        if set(content["settings"]) != set(SHAPING):
+            raise ValueError("it was made with other options")
         gan = DCGAN(content["settings"], device)
         for name, part in vars(gan).items():
             if hasattr(part, "load_state_dict"):

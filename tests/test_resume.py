@@ -365,13 +365,17 @@ def test_files_that_are_no_checkpoints_are_refused(run, sound: bytes):
     assert_refused(run, bytes(10))
 
 
-@pytest.mark.parametrize("fault", ["code", "older layout", "other size", "no dictionary"])
+@pytest.mark.parametrize(
+    "fault", ["code", "older layout", "newer layout", "other size", "no dictionary"]
+)
 def test_sealed_checkpoints_of_another_kind_are_refused(run, sound: bytes, fault: str):
     state = torch.load("result/checkpoint.pt", weights_only=True)
     if fault == "code":
         state["epoch"] = Bomb()
     elif fault == "older layout":
         del state["samples"]
+    elif fault == "newer layout":
+        state["settings"]["curriculum"] = True
     elif fault == "other size":
         state["generator"] = dcgan_mnist.Generator(8, 6).state_dict()
     elif fault == "no dictionary":
