@@ -10,31 +10,38 @@ Metz and Chintala, "Unsupervised Representation Learning with Deep Convolutional
 Adversarial Networks" (2016), arXiv:1511.06434. README.md says what is written, and when.
 """
 
-import argparse
 import hashlib
 import io
+import json
+import math
 import os
 import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchsummary import summary
 from tqdm import tqdm
 
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
 SAMPLES = 50  # digits in an epoch's picture
+SCORED = 2000  # digits in an epoch's score
+SCORER_EPOCHS = 10
 STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
 LOG_LINE = "({}/{}) ds_loss: {:.3f} - gn_loss: {:.3f} - true_out: {:.3f} - fake_out: {:.3f}>>{:.3f}"
+SCORES = ("fd", "digits", "evenness", "confident")
+SCORE_LINE = "score: FD {:.1f} - digits {:.0f}/10 - evenness {:.2f} - confident {:.2f}"
 
 
 # =========================================== networks ===========================================
@@ -96,8 +103,8 @@ def weights_init(m: nn.Module) -> None:
 
 
 # ============================================= data =============================================
-def load_digits(data_dir: Path, split: str) -> Tensor:
-    """Read the digits of a split, "test" or "train", as one tensor (n, 28, 28) of uint8.
+def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Read a split, "test" or "train": digits (n, 28, 28) of uint8, labels (n,) from 0 to 9.
 
     Files missing in ``data_dir/MNIST/raw`` are downloaded; others of MNIST's format will do.
     """
@@ -105,8 +112,7 @@ def load_digits(data_dir: Path, split: str) -> Tensor:
 
     prefix = {"train": "train", "test": "t10k"}[split]
     raw = data_dir / "MNIST" / "raw"
-    files = [raw / f"{prefix}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
-    names = " and ".join(file.name for file in files)
+    names = f"{prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte"
 
     class OneSplit(MNIST):  # which wants the files of both splits, this one only those it reads
         resources = [r for r in MNIST.resources if r[0].startswith(prefix)]  # noqa: RUF012
@@ -118,24 +124,24 @@ def load_digits(data_dir: Path, split: str) -> Tensor:
             raise ValueError(f"found {tuple(data.data.shape)} and ({len(data.targets)},)")
     except Exception as error:  # whatever the network or the bytes of a damaged file can cause
         reason = (str(error).splitlines() or [type(error).__name__])[-1]
-        fault = "are damaged" if all(file.is_file() for file in files) else "cannot be downloaded"
-        raise Failure(f"{names} in {raw} {fault} ({reason}); place sound ones there") from error
-    return data.data
+        message = f"{names} are missing or damaged ({reason}); place sound ones in {raw}"
+        raise Failure(message) from error
+    return data.data, data.targets
 
 
-def make_batch(digits: Tensor, index: Tensor) -> Tensor:
-    """Pick digits (m, 28, 28) of uint8 by index (n,) and scale: (n, 1, 28, 28) in [-1, 1]."""
-    return digits[index].unsqueeze(1).float() / 127.5 - 1
+def to_images(digits: Tensor) -> Tensor:
+    """Scale digits (n, 28, 28) of uint8 to images (n, 1, 28, 28) in [-1, 1]."""
+    return digits.unsqueeze(1).float() / 127.5 - 1
 
 
 def random_stream(seed: int, epoch: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Return the random numbers of an epoch; 0: before the first, -1: of --generate."""
+    """Return the random numbers of an epoch; 0: before the first, below 0: of drawing."""
     return torch.Generator(device).manual_seed(seed * 2**20 + epoch)
 
 
-def shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    """Return the order (count,) in which an epoch takes the digits, the same on any device."""
-    return torch.randperm(count, generator=random_stream(seed, epoch))
+def make_noise(count: int, seed: int, epoch: int) -> Tensor:
+    """Draw noise (count, latent_dim, 1, 1) on the CPU, so that it is the same on any device."""
+    return torch.randn(count, LATENT_DIM, 1, 1, generator=random_stream(seed, epoch))
 
 
 # ====================================== one training step =======================================
@@ -148,19 +154,26 @@ class DCGAN:
             torch.manual_seed(settings["seed"])
             self.generator = Generator(LATENT_DIM, WIDTH).apply(weights_init).to(**place)
             self.discriminator = Discriminator(WIDTH).apply(weights_init).to(**place)
+        decay = get_ema_multi_avg_fn(settings["ema"])
+        self.average = AveragedModel(self.generator, multi_avg_fn=decay).eval()
         if settings["precision"] == "bf16":  # weights, losses and optimisers stay in fp32
             mixed = torch.autocast(device.type, torch.bfloat16)
             self.generator.forward = mixed(self.generator.forward)
+            self.average.forward = mixed(self.average.forward)
             self.discriminator.logits = mixed(self.discriminator.logits)
         adam = {"betas": (settings["beta1"], 0.999), "fused": True, "capturable": True}
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), settings["lr"], **adam)
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), settings["lr"], **adam)
         self.settings = settings
         self.epoch = 0  # epochs done
-        stream = random_stream(settings["seed"], epoch=0)
-        self.fixed_noise = torch.randn(SAMPLES, LATENT_DIM, 1, 1, generator=stream)
+        self.fixed_noise = make_noise(SAMPLES, settings["seed"], epoch=0)
         self.samples = torch.empty(0, SAMPLES, 28, 28).byte()  # drawn from it after each epoch
         self.history = torch.empty(0, len(STATS))  # a row for each step
+        self.scores = torch.empty(0, len(SCORES))  # a row for each epoch
+
+    def best_epoch(self) -> int:
+        """Return the epoch with the lowest distance of those that have a score."""
+        return int(self.scores[:, 0].nan_to_num(math.inf).argmin()) + 1
 
 
 def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
@@ -190,6 +203,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     gn_loss = bce(on_fake_after, ones)
     gn_loss.backward()
     gan.optimizer_g.step()
+    gan.average.update_parameters(generator)  # of its last weights: it draws the better digits
 
     outputs = [logits.sigmoid().mean() for logits in (on_real, on_fake, on_fake_after)]
     return torch.stack([ds_loss, gn_loss, *outputs]).detach()
@@ -223,20 +237,12 @@ class GraphedStep:
 
 
 # ==================================== one epoch and the run =====================================
-def print_summaries() -> None:
-    """Print torchsummary's tables, of new networks: it would change those it is given."""
-    with torch.random.fork_rng(devices=[]):
-        print("Generator")
-        summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
-        print("Discriminator")
-        summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
-
-
-def train_epoch(step: GraphedStep, digits: Tensor, title: str, every: int, stop: list) -> Tensor:
+def train_epoch(step: GraphedStep, digits: Tensor, title: str, every: int) -> Tensor:
     """Train on every digit once; return the STATS of each step, (steps, 5). Raises Failure."""
     gan = step.gan
     seed, epoch, device = gan.settings["seed"], gan.epoch + 1, digits.device
-    batches = shuffled(len(digits), seed, epoch).to(device).split(gan.settings["batch_size"])
+    order = torch.randperm(len(digits), generator=random_stream(seed, epoch))  # on any device
+    batches = order.to(device).split(gan.settings["batch_size"])
     if gan.settings["dry_run"]:
         batches = batches[:3]
     noise = random_stream(seed, epoch, device)
@@ -244,12 +250,10 @@ def train_epoch(step: GraphedStep, digits: Tensor, title: str, every: int, stop:
     print(title)
     for i, index in enumerate(tqdm(batches, title, unit="step", leave=False, disable=None)):
         z = torch.randn(len(index), LATENT_DIM, 1, 1, generator=noise, device=device)
-        stats[i] = step(make_batch(digits, index), z)
+        stats[i] = step(to_images(digits[index]), z)
         if i % every == 0:  # only here, and after the last step, the CPU waits for a GPU
             check_finite(gan, stats[: i + 1], title)
             tqdm.write(LOG_LINE.format(i + 1, len(batches), *stats[i].tolist()))
-        if stop:
-            break
     check_finite(gan, stats, title)
     return stats.cpu()
 
@@ -263,60 +267,64 @@ def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
         raise Failure(f"diverged at step {sound.int().argmin() + 1} of {title}; try a lower --lr")
 
 
-def train(options: argparse.Namespace) -> None:
+def train(gan: DCGAN, digits: Tensor, scorer: Callable | None, options: Namespace) -> None:
     """Train up to the last epoch; bring the output folder up to date after each."""
-    device, gan, folder = pick_hardware(options), None, options.output_dir
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be recorded on the default one
-    if options.resume:
-        gan = load_checkpoint(folder / "checkpoint.pt", device)
-        options = parse_options(options.argv, gan.settings)
-        for name, value in gan.settings.items():
-            if getattr(options, name) != value:
-                given = f"argument --{name.replace('_', '-')}: {getattr(options, name)}"
-                raise Failure(f"{given}, but the run to resume has {value}", 2)
-        if gan.epoch >= options.epochs:
-            print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
-            return
-    digits = load_digits(options.data_dir, options.split).to(device)
-    if options.batch_size > len(digits):
-        raise Failure(f"argument --batch-size: there are only {len(digits)} digits", 2)
-    real = digits[shuffled(len(digits), options.seed, epoch=1)[:SAMPLES].to(device)].cpu()
-    with folder_lock(folder), stop_signals() as stop:
-        if gan is None:
-            clear_folder(folder)
-            gan = DCGAN({name: getattr(options, name) for name in SHAPING}, device)
-        step = GraphedStep(gan)
-        print_summaries()
-        print(f"Training on {len(digits):,} digits on {device} in {options.precision}")
-        start = time.perf_counter()
-        while gan.epoch < options.epochs:
-            title = f"Epoch {gan.epoch + 1}/{options.epochs}"
-            stats = train_epoch(step, digits, title, options.log_every, stop)
-            if stop:
-                resume = ["--resume"] if gan.epoch and not options.resume else []
-                command = shlex.join(["python", sys.argv[0], *options.argv, *resume])
-                raise Failure(f"saved up to epoch {gan.epoch}; to go on: {command}", 128 + stop[0])
-            gan.epoch += 1
-            gan.history = torch.cat([gan.history, stats])
-            gan.samples = torch.cat([gan.samples, draw(gan.generator, gan.fixed_noise)[None]])
+    step, start = GraphedStep(gan), time.perf_counter()
+    folder, saved = options.output_dir, gan.epoch
+    first = torch.randperm(len(digits), generator=random_stream(gan.settings["seed"], epoch=1))
+    real = digits[first[:SAMPLES].to(digits.device)].cpu()
+    try:
+        while saved < options.epochs:
+            title = f"Epoch {saved + 1}/{options.epochs}"
+            end_epoch(gan, train_epoch(step, digits, title, options.log_every), scorer)
             write_pictures(gan, real, folder)
             write_history(gan, folder)
+            if scorer and gan.best_epoch() == gan.epoch:
+                save_checkpoint(gan, folder / "generator_best.pt", DRAWING)
             save_checkpoint(gan, folder / "checkpoint.pt")
+            saved = gan.epoch
             print(f"saved to {folder} after {time.perf_counter() - start:.1f} s")
+    except KeyboardInterrupt as stopped:
+        resume = ["--resume"] if saved and not options.resume else []
+        command = shlex.join(["python", sys.argv[0], *options.argv, *resume])
+        message = f"saved up to epoch {saved}; to go on: {command}"
+        raise Failure(message, 128 + stopped.args[0]) from stopped
+    if scorer:
+        print(f"The best epoch was {gan.best_epoch()}: generator_best.pt, for --generate N --best")
+
+
+def end_epoch(gan: DCGAN, stats: Tensor, scorer: Callable | None) -> None:
+    """Add an epoch's figures, pictures and score to the run; warn of a collapse."""
+    gan.epoch += 1
+    z = make_noise(1000, gan.settings["seed"], epoch=-2).to(gan.fixed_noise.device)
+    update_bn(z.split(100), gan.average)  # BatchNorm statistics that fit the averaged weights
+    gan.history = torch.cat([gan.history, stats])
+    gan.samples = torch.cat([gan.samples, draw(gan.average, gan.fixed_noise)[None]])
+    score = torch.full((len(SCORES),), math.nan)
+    if scorer:
+        score = scorer(draw(gan.average, make_noise(SCORED, gan.settings["seed"], epoch=-1)))
+        print(SCORE_LINE.format(*score.tolist()))
+    gan.scores = torch.cat([gan.scores, score[None]])
+    signs = {
+        f"only {score[1]:.0f} of the ten digits appear": score[1] < 8,
+        "FD is more than twice its best": score[0] > 2 * gan.scores[gan.best_epoch() - 1, 0],
+        "ds_loss stayed under 0.05": stats[:, 0].max() < 0.05,
+    }
+    seen = " and ".join(sign for sign, there in signs.items() if there)
+    if seen and not gan.settings["dry_run"]:
+        print(f"warning: {seen}; README.md says what to do")
 
 
 # =========================================== pictures ===========================================
 @torch.no_grad()
-def draw(generator: Generator, z: Tensor) -> Tensor:
-    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black."""
-    device, digits = next(generator.parameters()).device, []
-    generator.eval()  # which leaves its BatchNorm statistics alone
-    for part in z.split(500):  # to spare memory
-        images = generator(part.to(device)).squeeze(1)  # (500, 28, 28) in [-1, 1]
-        digits.append(((images + 1) * 127.5).round().byte().cpu())
-    generator.train()
-    return torch.cat(digits)
+def draw(generator: nn.Module, z: Tensor) -> Tensor:
+    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black.
+
+    In eval mode, as DCGAN.average is, the noise of one digit has no part in another.
+    """
+    device = next(generator.parameters()).device
+    parts = [generator(part.to(device)).squeeze(1) for part in z.split(500)]  # in [-1, 1]
+    return torch.cat([((part + 1) * 127.5).round().byte().cpu() for part in parts])
 
 
 def grid(digits: Tensor, caption: str = "") -> Image.Image:
@@ -324,11 +332,10 @@ def grid(digits: Tensor, caption: str = "") -> Image.Image:
     from torchvision.utils import make_grid
 
     rows = Image.fromarray(make_grid(digits[:, None], nrow=10)[0].numpy())
-    width, height, margin = 2 * rows.width, 2 * rows.height, 32 if caption else 0
-    picture = Image.new("L", (width, margin + height))
-    picture.paste(rows.resize((width, height), Image.Resampling.NEAREST), (0, margin))
+    rows = ImageOps.scale(rows, 2, Image.Resampling.NEAREST)
+    picture = ImageOps.expand(rows, (0, 32 if caption else 0, 0, 0))  # above
     font = ImageFont.load_default(size=20)
-    ImageDraw.Draw(picture).text((6, margin / 2), caption, fill=255, font=font, anchor="lm")
+    ImageDraw.Draw(picture).text((6, 16), caption, fill=255, font=font, anchor="lm")
     return picture
 
 
@@ -337,17 +344,15 @@ def write_pictures(gan: DCGAN, real: Tensor, folder: Path) -> None:
     shown = torch.linspace(1, gan.epoch, min(gan.epoch, 10)).round().int().tolist()
     frames = [grid(gan.samples[epoch - 1], f"epoch {epoch}") for epoch in shown]
     frames.append(grid(real, "real digits"))
-    timeline = Image.new("L", (frames[0].width, sum(frame.height for frame in frames)))
-    for i, frame in enumerate(frames):
-        timeline.paste(frame, (0, i * frames[0].height))
-    pictures = {"real_samples": grid(real), "timeline": timeline}
-    pictures[f"generated_epoch_{gan.epoch:03d}"] = grid(gan.samples[-1])
+    pictures = {
+        "real_samples": grid(real),
+        "timeline": Image.fromarray(np.vstack(frames)),
+        f"generated_epoch_{gan.epoch:03d}": grid(gan.samples[-1]),
+    }
     for name, picture in pictures.items():
-        with replacing(folder / f"{name}.png") as file:
-            picture.save(file, "PNG")
-    times = [600] * len(shown) + [2000]  # milliseconds
-    with replacing(folder / "training.gif") as file:
-        frames[0].save(file, "GIF", append_images=frames[1:], save_all=True, duration=times, loop=0)
+        write(folder / f"{name}.png", picture.save, "PNG")
+    animation = {"append_images": frames[1:], "duration": [600] * len(shown) + [2000], "loop": 0}
+    write(folder / "training.gif", frames[0].save, "GIF", save_all=True, **animation)
 
 
 def write_history(gan: DCGAN, folder: Path) -> None:
@@ -355,39 +360,108 @@ def write_history(gan: DCGAN, folder: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = len(gan.history) // gan.epoch  # in an epoch
-    index = torch.arange(len(gan.history))
-    table = torch.column_stack([index // steps + 1, index % steps + 1, gan.history])
-    formats, header = ["%d", "%d"] + ["%.6g"] * len(STATS), ",".join(("epoch", "step", *STATS))
-    with replacing(folder / "history.csv") as file:
-        np.savetxt(file, table, formats, ",", header=header, comments="")
-    group = -(-len(gan.history) // 400)  # steps to a point, so that curves of any length are clear
-    points = torch.stack([part.mean(0) for part in gan.history.split(group)])
-    x = torch.arange(len(points)) * group + 1
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    losses, outputs = figure.subplots(2, sharex=True)
-    losses.plot(x, points[:, :2], label=["discriminator", "generator"])
-    losses.set(title="Losses", ylabel="binary cross-entropy")
-    outputs.plot(x, points[:, 2:], label=["real", "generated, before", "generated, after"])
-    outputs.set(title="What the discriminator takes for real, before and after its update")
-    outputs.set(ylabel="mean probability", xlabel=f"step (mean of {group})", ylim=(0, 1))
-    for panel in (losses, outputs):
+    rows, scores = torch.arange(len(gan.history)), gan.scores.repeat_interleave(steps, dim=0)
+    table = torch.column_stack([rows // steps + 1, rows % steps + 1, gan.history, scores])
+    names = ("epoch", "step", *STATS, *SCORES)
+    formats = ["%d", "%d"] + ["%.6g"] * (len(names) - 2)
+    header = ",".join(names)
+    write(folder / "history.csv", np.savetxt, table, formats, ",", header=header, comments="")
+    group = -(-len(rows) // 400)  # steps to a point, so that curves of any length are clear
+    points = torch.stack([part.mean(0) for part in table.split(group)])
+    curves = {  # name of the axis: columns, their names
+        "loss (binary cross-entropy)": ([2, 3], ["discriminator", "generator"]),
+        "Frechet distance to real digits": ([7], ["generated, by epoch"]),
+        "mean output": ([4, 5, 6], ["real", "generated, before", "generated, after"]),
+    }
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    figure.suptitle("Losses, scores and what the discriminator takes for real")
+    panels = figure.subplots(len(curves), sharex=True)
+    for panel, (axis, (columns, labels)) in zip(panels, curves.items(), strict=True):
+        panel.plot(rows[::group] + 1, points[:, columns], label=labels)
+        panel.set(ylabel=axis, ylim=(0, None))
         panel.grid(alpha=0.3)
         panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    with replacing(folder / "loss_curve.png") as file:
-        figure.savefig(file, format="png", dpi=100)
+    panels[-1].set(xlabel=f"step (mean of {group})", ylim=(0, 1))
+    write(folder / "loss_curve.png", figure.savefig, format="png", dpi=100)
+
+
+# ============================================ scores ============================================
+class Scorer:
+    """Tell how good generated digits are, by a small classifier that learns the bundled ones."""
+
+    def __init__(self, device: torch.device) -> None:
+        digits, labels = (part.to(device) for part in load_digits(FLAGS["data_dir"][0], "test"))
+        stream = random_stream(seed=0, epoch=0)
+        order = torch.randperm(len(digits), generator=stream)
+        held_out, seen = order[:1000], order[1000:]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.classifier = nn.Sequential(
+                *Discriminator(width=16).layers[:-1],  # (n, 64, 3, 3)
+                *(nn.Conv2d(64, 64, kernel_size=3), nn.Flatten(), nn.ReLU()),  # (n, 64) features
+                nn.Linear(64, 10),
+            ).to(device)
+        optimizer = torch.optim.Adam(self.classifier.parameters(), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.005, epochs=SCORER_EPOCHS, steps_per_epoch=len(seen) // 100
+        )
+        for _ in range(SCORER_EPOCHS):
+            for index in seen[torch.randperm(len(seen), generator=stream)].split(100):
+                shift = torch.randint(-2, 3, (2,), generator=stream).tolist()  # pixels
+                images = to_images(digits[index]).roll(shift, dims=(2, 3))
+                loss = nn.functional.cross_entropy(self.classifier(images), labels[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        self.classifier.eval()
+        self.reference = self.judge(digits[order[SCORED:]])[0]
+        self.floor = frechet_distance(self.judge(digits[order[:SCORED]])[0], self.reference)
+        right = (self.judge(digits[held_out])[1].argmax(1) == labels[held_out].cpu()).float().mean()
+        print(f"scorer: {right:.1%} of 1,000 held-out digits right - floor: FD {self.floor:.1f}")
+
+    @torch.no_grad()
+    def judge(self, digits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (n, 64) and probabilities (n, 10) of digits (n, 28, 28) of uint8."""
+        device = self.classifier[0].weight.device
+        parts = [self.classifier[:-1](to_images(part.to(device))) for part in digits.split(500)]
+        features = torch.cat(parts)
+        return features.cpu(), self.classifier[-1](features).softmax(dim=1).cpu()
+
+    def __call__(self, digits: Tensor) -> Tensor:
+        """Return the SCORES (4,) of digits (n, 28, 28) of uint8."""
+        features, probabilities = self.judge(digits)
+        shares = probabilities.argmax(1).bincount(minlength=10) / len(digits)
+        fd = frechet_distance(features, self.reference)
+        evenness = torch.special.entr(shares).sum() / math.log(10)
+        confident = (probabilities.amax(1) > 0.9).float().mean()
+        return torch.tensor([fd, (shares >= 0.02).sum(), evenness, confident])
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Return the squared Frechet distance of the Gaussians that fit features (n, d) and (m, d).
+
+    |mean A - mean B|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), A and B being the covariances (Dowson
+    and Landau 1982). The eigenvalues of A B are real, and their roots add up to the last trace.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
+    traces = cov_a.trace() + cov_b.trace() - 2 * roots.sum()
+    return ((a.mean(dim=0) - b.mean(dim=0)).square().sum() + traces).item()
 
 
 # ==================================== files and checkpoints =====================================
+DRAWING = ("settings", "epoch", "average")  # the parts of a run that draw its digits
 CHECKSUM_LENGTH = hashlib.sha256().digest_size  # bytes
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[io.BufferedWriter]:
-    """Open a file and move it to ``path`` once it is whole and on disk. Raises Failure."""
+def write(path: Path, save: Callable, *arguments: object, **options: object) -> None:
+    """Call ``save(file, ...)`` and move the file to ``path`` once it is on disk. Raises Failure."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            yield file
+            save(file, *arguments, **options)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -423,9 +497,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 def clear_folder(folder: Path) -> None:
     """Remove the files of an earlier run; its checkpoint stays, as checkpoint.previous.pt."""
-    names = r"((real_samples|generated_epoch_\d{3,}|timeline|loss_curve)\.png|training\.gif"
-    names += r"|history\.csv|checkpoint\.pt)"
-    ours = re.compile(rf"{names}|\.{names}\.tmp")
+    names = r"real_samples|generated_epoch_\d{3,}|timeline|loss_curve|training|history|checkpoint"
+    ours = re.compile(rf"\.?({names}|generator_best)\.(png|gif|csv|pt)(\.tmp)?")
     old = [path for path in folder.iterdir() if ours.fullmatch(path.name)]
     if old:
         print(f"Replacing the earlier run in {folder}; checkpoint.previous.pt keeps its networks")
@@ -436,19 +509,19 @@ def clear_folder(folder: Path) -> None:
             path.unlink()
 
 
-def save_checkpoint(gan: DCGAN, path: Path) -> None:
-    """Write all of a run and a SHA-256 of it, which torch.load takes for the archive's comment."""
-    content = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in vars(gan).items()}
+def save_checkpoint(gan: DCGAN, path: Path, parts: tuple = ()) -> None:
+    """Write a run, or parts of it, and a SHA-256 that torch.load takes for an archive's comment."""
+    content = {name: getattr(gan, name) for name in parts or vars(gan)}
+    content = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in content.items()}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     buffer.seek(-2, os.SEEK_END)  # where a zip archive has the length of its comment
     buffer.write(CHECKSUM_LENGTH.to_bytes(2, "little"))
-    with replacing(path) as file:
-        file.write(buffer.getbuffer())
-        file.write(hashlib.sha256(buffer.getbuffer()).digest())
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    write(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def load_checkpoint(path: Path, device: torch.device) -> DCGAN:
+def load_checkpoint(path: Path, device: torch.device, parts: tuple = ()) -> DCGAN:
     """Read what save_checkpoint wrote. Raises Failure if it is missing, damaged or foreign."""
     if not path.exists():
         raise Failure(f"there is no {path}; train first, or name another --output-dir")
@@ -457,10 +530,9 @@ def load_checkpoint(path: Path, device: torch.device) -> DCGAN:
         raise Failure(f"{path} is damaged or not a checkpoint of this program (wrong check sum)")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # no code
-        if set(content["settings"]) != set(SHAPING):
-            raise ValueError("it was made with other options")
         gan = DCGAN(content["settings"], device)
-        for name, part in vars(gan).items():
+        for name in parts or vars(gan):
+            part = getattr(gan, name)
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(content[name])
             else:
@@ -468,6 +540,12 @@ def load_checkpoint(path: Path, device: torch.device) -> DCGAN:
         return gan
     except Exception as error:  # whatever another version or a forger can put in a file
         raise Failure(f"{path} is not of this version ({str(error)[:200]})") from error
+
+
+def load_generator(folder: Path, best: bool, device: torch.device) -> nn.Module:
+    """Load the generator of the last epoch, or of the best one. Raises Failure."""
+    path = folder / ("generator_best.pt" if best else "checkpoint.pt")
+    return load_checkpoint(path, device, DRAWING).average
 
 
 # ========================================= command line =========================================
@@ -479,25 +557,15 @@ class Failure(Exception):  # noqa: N818 (being stopped is no error)
         self.code = code
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT (Ctrl-C) and SIGTERM in the list; after the first, the next ends at once."""
-    received = []
-
-    def note(signum: int, frame: object) -> None:
-        received.append(signum)
-        for each in handlers:
-            signal.signal(each, signal.SIG_DFL)
-
-    handlers = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+def stop(signum: int, frame: object) -> None:
+    """Handle SIGINT (Ctrl-C) and SIGTERM; after the first, the next ends at once."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+    raise KeyboardInterrupt(signum)
 
 
 FLAGS = {  # name: (default, lowest and highest number or the words allowed, help)
+    "recipe": ("article", ("article", "tuned"), "training as published, or for better digits"),
     "epochs": (10, (1, 100_000), "how often to see every digit"),
     "batch_size": (50, (1, 60_000), "digits in a training step"),
     "output_dir": (Path("result"), (), "folder for everything that is written"),
@@ -505,6 +573,7 @@ FLAGS = {  # name: (default, lowest and highest number or the words allowed, hel
     "split": ("test", ("test", "train"), "the 10,000 bundled digits, or 60,000 to download once"),
     "lr": (0.0002, (1e-8, 1.0), "learning rate of both networks"),
     "beta1": (0.5, (0.0, 0.9999), "Adam's decay rate of the mean gradient"),
+    "ema": (0.99, (0.0, 0.9999), "decay of the averaged weights that draw; 0: no average"),
     "seed": (0, (0, 2**32 - 1), "where all random numbers start"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute; auto: on a GPU if any"),
     "precision": ("auto", ("auto", "fp32", "bf16"), "auto: bf16 where the hardware has it"),
@@ -512,41 +581,52 @@ FLAGS = {  # name: (default, lowest and highest number or the words allowed, hel
     "resume": (False, (), "go on with the run in the output folder"),
     "dry_run": (False, (), "two epochs of three steps, to check an installation"),
     "generate": (None, (1, 100_000), "train nothing, draw this many digits"),
+    "evaluate": (None, (), "train nothing, score the checkpoint, or digits in the .npy file named"),
+    "best": (False, (), "generate or evaluate with the best epoch's generator"),
+    "no_score": (False, (), "train without scores"),
 }
-SHAPING = ("batch_size", "lr", "beta1", "seed", "split", "precision", "dry_run")  # kept by a run
+RECIPES = {"article": {}, "tuned": {"lr": 0.0005}}  # defaults of other flags
+# What a run keeps:
+SHAPING = ("recipe", "batch_size", "lr", "beta1", "ema", "seed", "split", "precision", "dry_run")
 
 
-def parse_options(argv: list[str], settings: dict | None = None) -> argparse.Namespace:
+def parse_options(argv: list[str], settings: dict | None = None) -> Namespace:
     """Read the command line, with the settings for defaults if given. Raises Failure."""
 
     def error(message: str) -> None:
         raise Failure(message, 2)
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = error
+    modes = parser.add_mutually_exclusive_group()
     for name, (default, allowed, text) in FLAGS.items():
         kind = {"type": type(allowed[0]) if allowed else type(default)}
         if default is False:
             kind = {"action": "store_true"}
         elif isinstance(default, str):
             kind = {"choices": allowed}
+        elif name == "evaluate":
+            kind = {"nargs": "?", "const": Path(), "type": Path, "metavar": "FILE"}
         text = f"{text} (default: {default})".replace("%", "%%")
-        default = (settings or {}).get(name, default)
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
-    options = parser.parse_args(argv, argparse.Namespace(argv=argv))
+        group = modes if name in ("resume", "generate", "evaluate") else parser
+        group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
+    recipe = parser.parse_args(argv).recipe
+    parser.set_defaults(**RECIPES[recipe] | (settings or {}))
+    options = parser.parse_args(argv, Namespace(argv=argv))
     for name, (_, allowed, _) in FLAGS.items():
         value = getattr(options, name)
         if isinstance(value, (int, float)) and allowed and not allowed[0] <= value <= allowed[1]:
             flag = name.replace("_", "-")
             error(f"argument --{flag}: from {allowed[0]} to {allowed[1]}, please, not {value}")
-    if options.generate and (options.resume or options.dry_run):
-        error("--generate trains nothing: leave out --resume and --dry-run")
+    draws = options.generate or options.evaluate
+    if (options.best and not draws) or (options.dry_run and draws):
+        error("--best goes with --generate or --evaluate, --dry-run with neither")
     if options.dry_run:
         options.epochs = 2
     return options
 
 
-def pick_hardware(options: argparse.Namespace) -> torch.device:
+def pick_hardware(options: Namespace) -> torch.device:
     """Return the device, and replace "auto" in options.precision. Raises Failure."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = options.device
@@ -564,32 +644,88 @@ def pick_hardware(options: argparse.Namespace) -> torch.device:
     return torch.device(name)
 
 
-def generate(options: argparse.Namespace) -> None:
+def start(options: Namespace) -> None:
+    """Begin a run, or take up that in the output folder, and train. Raises Failure."""
+    device, gan, folder = pick_hardware(options), None, options.output_dir
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be recorded on the default one
+    if options.resume:
+        gan = load_checkpoint(folder / "checkpoint.pt", device)
+        options = parse_options(options.argv, gan.settings)
+        for name in SHAPING:
+            given, kept = getattr(options, name), gan.settings[name]
+            if given != kept:
+                flag = name.replace("_", "-")
+                raise Failure(f"argument --{flag}: {given}, but the run to resume has {kept}", 2)
+        if gan.epoch >= options.epochs:
+            print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
+            return
+    digits = load_digits(options.data_dir, options.split)[0].to(device)
+    if options.batch_size > len(digits):
+        raise Failure(f"argument --batch-size: there are only {len(digits)} digits", 2)
+    with folder_lock(folder):
+        scorer = None if options.no_score else Scorer(device)
+        if gan is None:
+            clear_folder(folder)
+            gan = DCGAN({name: getattr(options, name) for name in SHAPING}, device)
+        with torch.random.fork_rng(devices=[]):  # summary would change the networks of the run
+            networks = Generator(LATENT_DIM, WIDTH), Discriminator(WIDTH)
+        for network, shape in zip(networks, ((LATENT_DIM, 1, 1), (1, 28, 28)), strict=True):
+            print(type(network).__name__)
+            summary(network, shape, device="cpu")
+        print(f"Training on {len(digits):,} digits on {device} in {options.precision}")
+        train(gan, digits, scorer, options)
+
+
+def generate(options: Namespace) -> None:
     """Draw digits with a trained generator: all as numbers, the first 100 as a picture too."""
     folder = options.output_dir
-    gan = load_checkpoint(folder / "checkpoint.pt", pick_hardware(options))
-    z = torch.randn(options.generate, LATENT_DIM, 1, 1, generator=random_stream(options.seed, -1))
-    digits = draw(gan.generator, z)
-    with replacing(folder / "generated.npy") as file:
-        np.save(file, digits.numpy())
-    with replacing(folder / "generated.png") as file:
-        grid(digits[:100]).save(file, "PNG")
-    print(f"wrote {len(z):,} digits to {folder / 'generated.npy'}, the first to generated.png")
+    generator = load_generator(folder, options.best, pick_hardware(options))
+    digits = draw(generator, make_noise(options.generate, options.seed, epoch=-1))
+    write(folder / "generated.npy", np.save, digits.numpy())
+    write(folder / "generated.png", grid(digits[:100]).save, "PNG")
+    print(f"wrote {len(digits):,} digits to {folder / 'generated.npy'}, 100 to generated.png")
+
+
+def evaluate(options: Namespace) -> None:
+    """Score 10,000 digits of a trained generator, or those in a file, and write score.json."""
+    device, source = pick_hardware(options), options.evaluate
+    if source == Path():
+        source = options.output_dir / ("generator_best.pt" if options.best else "checkpoint.pt")
+        generator = load_generator(options.output_dir, options.best, device)
+        digits = draw(generator, make_noise(10_000, options.seed, epoch=-1))
+    else:
+        try:
+            digits = torch.from_numpy(np.load(source, allow_pickle=False))
+            if digits.dtype != torch.uint8 or digits.shape[1:] != (28, 28) or len(digits) < 2:
+                raise ValueError(f"it holds {digits.dtype} of shape {tuple(digits.shape)}")
+        except Exception as error:
+            raise Failure(f"argument --evaluate: {source}: {error}", 2) from error
+    scorer = Scorer(device)
+    score = scorer(digits)
+    print(SCORE_LINE.format(*score.tolist()))
+    report = dict(zip(SCORES, score.tolist(), strict=True))
+    report |= {"floor": scorer.floor, "count": len(digits), "of": str(source)}
+    with folder_lock(options.output_dir):
+        text = json.dumps(report, indent=1).encode()
+        write(options.output_dir / "score.json", lambda file: file.write(text))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv)
-        command = generate if options.generate else train
+        command = generate if options.generate else evaluate if options.evaluate else start
         command(options)
         return 0
     except Failure as failure:
         code, message = failure.code, str(failure)
     except (OSError, torch.OutOfMemoryError) as error:
         code, message = 1, str(error)
-    except KeyboardInterrupt:
-        code, message = 130, "training had not begun"
+    except KeyboardInterrupt as stopped:
+        code, message = 128 + stopped.args[0], "training had not begun"
     kind = "stopped" if code > 128 else "error"
     print(f"dcgan_mnist.py: {kind}: {' '.join(message.split())}", file=sys.stderr)
     return code
