@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11.0", "torchvision>=0.26.0", "torchsummary>=1.5.1",
+#                 "matplotlib>=3.9.0", "Pillow>=11.0.0", "tqdm>=4.66.1"]
+# ///
 """DCGAN on MNIST in one file: watch handwritten digits grow out of noise.
 
     python dcgan_mnist.py --epochs 10       train on the 10,000 bundled digits, offline
@@ -10,6 +15,7 @@ Metz and Chintala, "Unsupervised Representation Learning with Deep Convolutional
 Adversarial Networks" (2016), arXiv:1511.06434. README.md says what is written, and when.
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -20,16 +26,17 @@ import shlex
 import signal
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch import distributed as dist
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torchsummary import summary
 from tqdm import tqdm
 
@@ -41,7 +48,10 @@ SCORER_EPOCHS = 10
 STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
 LOG_LINE = "({}/{}) ds_loss: {:.3f} - gn_loss: {:.3f} - true_out: {:.3f} - fake_out: {:.3f}>>{:.3f}"
 SCORES = ("fd", "digits", "evenness", "confident")
-SCORE_LINE = "score: FD {:.1f} - digits {:.0f}/10 - evenness {:.2f} - confident {:.2f}"
+SCORE_LINE = "score: FD {:.1f} - digits {}/10 - evenness {:.2f} - confident {:.2f}"
+TORCHRUN = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # of this process; the first prints and writes
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 
 # =========================================== networks ===========================================
@@ -110,9 +120,7 @@ def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     """
     from torchvision.datasets import MNIST  # here and not above, for it takes a while
 
-    prefix = {"train": "train", "test": "t10k"}[split]
-    raw = data_dir / "MNIST" / "raw"
-    names = f"{prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte"
+    prefix, raw = {"train": "train", "test": "t10k"}[split], data_dir / "MNIST" / "raw"
 
     class OneSplit(MNIST):  # which wants the files of both splits, this one only those it reads
         resources = [r for r in MNIST.resources if r[0].startswith(prefix)]  # noqa: RUF012
@@ -122,11 +130,11 @@ def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
         data = OneSplit(str(data_dir), train=split == "train", download=True)
         if data.data.shape[1:] != (28, 28) or len(data.data) != len(data.targets):
             raise ValueError(f"found {tuple(data.data.shape)} and ({len(data.targets)},)")
+        return data.data, data.targets
     except Exception as error:  # whatever the network or the bytes of a damaged file can cause
-        reason = (str(error).splitlines() or [type(error).__name__])[-1]
-        message = f"{names} are missing or damaged ({reason}); place sound ones in {raw}"
+        names = f"{prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte"
+        message = f"{names} are missing or damaged ({error}); place sound ones in {raw}"
         raise Failure(message) from error
-    return data.data, data.targets
 
 
 def to_images(digits: Tensor) -> Tensor:
@@ -154,8 +162,7 @@ class DCGAN:
             torch.manual_seed(settings["seed"])
             self.generator = Generator(LATENT_DIM, WIDTH).apply(weights_init).to(**place)
             self.discriminator = Discriminator(WIDTH).apply(weights_init).to(**place)
-        decay = get_ema_multi_avg_fn(settings["ema"])
-        self.average = AveragedModel(self.generator, multi_avg_fn=decay).eval()
+        self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
         if settings["precision"] == "bf16":  # weights, losses and optimisers stay in fp32
             mixed = torch.autocast(device.type, torch.bfloat16)
             self.generator.forward = mixed(self.generator.forward)
@@ -168,12 +175,13 @@ class DCGAN:
         self.epoch = 0  # epochs done
         self.fixed_noise = make_noise(SAMPLES, settings["seed"], epoch=0)
         self.samples = torch.empty(0, SAMPLES, 28, 28).byte()  # drawn from it after each epoch
-        self.history = torch.empty(0, len(STATS))  # a row for each step
-        self.scores = torch.empty(0, len(SCORES))  # a row for each epoch
+        self.history = torch.empty(0, len(STATS + SCORES))  # a row for each step
+        self.best_fd, self.best_epoch = math.inf, 0
 
-    def best_epoch(self) -> int:
-        """Return the epoch with the lowest distance of those that have a score."""
-        return int(self.scores[:, 0].nan_to_num(math.inf).argmin()) + 1
+    def update_average(self) -> None:
+        """Move the averaged weights a little towards the generator's."""
+        update = get_ema_multi_avg_fn(self.settings["ema"])
+        update(list(self.average.parameters()), list(self.generator.parameters()), None)
 
 
 def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
@@ -203,7 +211,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     gn_loss = bce(on_fake_after, ones)
     gn_loss.backward()
     gan.optimizer_g.step()
-    gan.average.update_parameters(generator)  # of its last weights: it draws the better digits
+    gan.update_average()
 
     outputs = [logits.sigmoid().mean() for logits in (on_real, on_fake, on_fake_after)]
     return torch.stack([ds_loss, gn_loss, *outputs]).detach()
@@ -236,8 +244,35 @@ class GraphedStep:
             print(f"No CUDA graph, so steps take longer: {error}".splitlines()[0])
 
 
+# ====================================== several processes =======================================
+class SharedStep:
+    """training_step in several processes at once, each with its share of the batch."""
+
+    def __init__(self, gan: DCGAN) -> None:
+        self.gan = gan
+        gan.optimizer_d.register_step_pre_hook(self.share_gradients)
+        gan.optimizer_g.register_step_pre_hook(self.share_gradients)
+        if next(gan.generator.parameters()).is_cuda:  # and share BatchNorm's statistics as well
+            nn.SyncBatchNorm.convert_sync_batchnorm(gan.generator)
+            nn.SyncBatchNorm.convert_sync_batchnorm(gan.discriminator)
+
+    def __call__(self, real: Tensor, z: Tensor) -> Tensor:
+        real, z = (part.tensor_split(PROCESSES)[RANK] for part in (real, z))
+        stats = training_step(self.gan, real, z)
+        self.average(stats)
+        return stats
+
+    def share_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            self.average(parameter.grad)
+
+    def average(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor)
+        tensor /= PROCESSES
+
+
 # ==================================== one epoch and the run =====================================
-def train_epoch(step: GraphedStep, digits: Tensor, title: str, every: int) -> Tensor:
+def train_epoch(step: GraphedStep | SharedStep, digits: Tensor, title: str, every: int) -> Tensor:
     """Train on every digit once; return the STATS of each step, (steps, 5). Raises Failure."""
     gan = step.gan
     seed, epoch, device = gan.settings["seed"], gan.epoch + 1, digits.device
@@ -248,14 +283,15 @@ def train_epoch(step: GraphedStep, digits: Tensor, title: str, every: int) -> Te
     noise = random_stream(seed, epoch, device)
     stats = torch.zeros(len(batches), len(STATS), device=device)
     print(title)
-    for i, index in enumerate(tqdm(batches, title, unit="step", leave=False, disable=None)):
+    hide = RANK > 0 or None  # None: where there is no terminal
+    for i, index in enumerate(tqdm(batches, title, unit="step", leave=False, disable=hide)):
         z = torch.randn(len(index), LATENT_DIM, 1, 1, generator=noise, device=device)
         stats[i] = step(to_images(digits[index]), z)
         if i % every == 0:  # only here, and after the last step, the CPU waits for a GPU
             check_finite(gan, stats[: i + 1], title)
             tqdm.write(LOG_LINE.format(i + 1, len(batches), *stats[i].tolist()))
     check_finite(gan, stats, title)
-    return stats.cpu()
+    return stats
 
 
 def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
@@ -269,7 +305,8 @@ def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
 
 def train(gan: DCGAN, digits: Tensor, scorer: Callable | None, options: Namespace) -> None:
     """Train up to the last epoch; bring the output folder up to date after each."""
-    step, start = GraphedStep(gan), time.perf_counter()
+    step = SharedStep(gan) if dist.is_initialized() else GraphedStep(gan)
+    start = time.perf_counter()
     folder, saved = options.output_dir, gan.epoch
     first = torch.randperm(len(digits), generator=random_stream(gan.settings["seed"], epoch=1))
     real = digits[first[:SAMPLES].to(digits.device)].cpu()
@@ -279,36 +316,39 @@ def train(gan: DCGAN, digits: Tensor, scorer: Callable | None, options: Namespac
             end_epoch(gan, train_epoch(step, digits, title, options.log_every), scorer)
             write_pictures(gan, real, folder)
             write_history(gan, folder)
-            if scorer and gan.best_epoch() == gan.epoch:
+            if gan.best_epoch == gan.epoch:
                 save_checkpoint(gan, folder / "generator_best.pt", DRAWING)
             save_checkpoint(gan, folder / "checkpoint.pt")
             saved = gan.epoch
             print(f"saved to {folder} after {time.perf_counter() - start:.1f} s")
     except KeyboardInterrupt as stopped:
         resume = ["--resume"] if saved and not options.resume else []
-        command = shlex.join(["python", sys.argv[0], *options.argv, *resume])
+        launcher = f"torchrun --nproc-per-node={PROCESSES}" if PROCESSES > 1 else "python"
+        command = f"{launcher} {shlex.join([sys.argv[0], *options.argv, *resume])}"
         message = f"saved up to epoch {saved}; to go on: {command}"
         raise Failure(message, 128 + stopped.args[0]) from stopped
-    if scorer:
-        print(f"The best epoch was {gan.best_epoch()}: generator_best.pt, for --generate N --best")
+    if gan.best_epoch:
+        print(f"The best epoch was {gan.best_epoch}: generator_best.pt, for --generate N --best")
 
 
 def end_epoch(gan: DCGAN, stats: Tensor, scorer: Callable | None) -> None:
     """Add an epoch's figures, pictures and score to the run; warn of a collapse."""
     gan.epoch += 1
-    z = make_noise(1000, gan.settings["seed"], epoch=-2).to(gan.fixed_noise.device)
+    z = make_noise(1000, gan.settings["seed"], epoch=-2).to(stats.device)
     update_bn(z.split(100), gan.average)  # BatchNorm statistics that fit the averaged weights
-    gan.history = torch.cat([gan.history, stats])
     gan.samples = torch.cat([gan.samples, draw(gan.average, gan.fixed_noise)[None]])
-    score = torch.full((len(SCORES),), math.nan)
+    score = dict.fromkeys(SCORES, math.nan)
     if scorer:
         score = scorer(draw(gan.average, make_noise(SCORED, gan.settings["seed"], epoch=-1)))
-        print(SCORE_LINE.format(*score.tolist()))
-    gan.scores = torch.cat([gan.scores, score[None]])
+        print(SCORE_LINE.format(*score.values()))
+    rows = torch.cat([stats.cpu(), torch.tensor([*score.values()]).expand(len(stats), -1)], dim=1)
+    gan.history = torch.cat([gan.history, rows])
+    if score["fd"] < gan.best_fd:
+        gan.best_fd, gan.best_epoch = score["fd"], gan.epoch
     signs = {
-        f"only {score[1]:.0f} of the ten digits appear": score[1] < 8,
-        "FD is more than twice its best": score[0] > 2 * gan.scores[gan.best_epoch() - 1, 0],
-        "ds_loss stayed under 0.05": stats[:, 0].max() < 0.05,
+        f"only {score['digits']} of the ten digits appear": score["digits"] < 8,
+        "FD is more than twice its best": score["fd"] > 2 * gan.best_fd,
+        "ds_loss stayed under 0.05": rows[:, 0].max() < 0.05,
     }
     seen = " and ".join(sign for sign, there in signs.items() if there)
     if seen and not gan.settings["dry_run"]:
@@ -343,14 +383,11 @@ def write_pictures(gan: DCGAN, real: Tensor, folder: Path) -> None:
     """Write the last epoch's picture, and those of all the run with ``real`` (n, 28, 28) ones."""
     shown = torch.linspace(1, gan.epoch, min(gan.epoch, 10)).round().int().tolist()
     frames = [grid(gan.samples[epoch - 1], f"epoch {epoch}") for epoch in shown]
-    frames.append(grid(real, "real digits"))
-    pictures = {
-        "real_samples": grid(real),
-        "timeline": Image.fromarray(np.vstack(frames)),
-        f"generated_epoch_{gan.epoch:03d}": grid(gan.samples[-1]),
-    }
-    for name, picture in pictures.items():
-        write(folder / f"{name}.png", picture.save, "PNG")
+    last = grid(real, "real digits")  # a smaller one where there are fewer than 50 digits
+    frames.append(last.crop((0, 0, *frames[0].size)))
+    write(folder / "real_samples.png", grid(real).save, "PNG")
+    write(folder / f"generated_epoch_{gan.epoch:03d}.png", grid(gan.samples[-1]).save, "PNG")
+    write(folder / "timeline.png", Image.fromarray(np.vstack(frames)).save, "PNG")
     animation = {"append_images": frames[1:], "duration": [600] * len(shown) + [2000], "loop": 0}
     write(folder / "training.gif", frames[0].save, "GIF", save_all=True, **animation)
 
@@ -359,30 +396,43 @@ def write_history(gan: DCGAN, folder: Path) -> None:
     """Write the figures of every step as numbers, and their course as curves."""
     from matplotlib.figure import Figure
 
-    steps = len(gan.history) // gan.epoch  # in an epoch
-    rows, scores = torch.arange(len(gan.history)), gan.scores.repeat_interleave(steps, dim=0)
-    table = torch.column_stack([rows // steps + 1, rows % steps + 1, gan.history, scores])
+    rows, steps = torch.arange(len(gan.history)), len(gan.history) // gan.epoch
+    table = torch.column_stack([rows // steps + 1, rows % steps + 1, gan.history])
     names = ("epoch", "step", *STATS, *SCORES)
-    formats = ["%d", "%d"] + ["%.6g"] * (len(names) - 2)
-    header = ",".join(names)
+    formats, header = ["%d", "%d"] + ["%.6g"] * (len(names) - 2), ",".join(names)
     write(folder / "history.csv", np.savetxt, table, formats, ",", header=header, comments="")
     group = -(-len(rows) // 400)  # steps to a point, so that curves of any length are clear
     points = torch.stack([part.mean(0) for part in table.split(group)])
-    curves = {  # name of the axis: columns, their names
-        "loss (binary cross-entropy)": ([2, 3], ["discriminator", "generator"]),
-        "Frechet distance to real digits": ([7], ["generated, by epoch"]),
-        "mean output": ([4, 5, 6], ["real", "generated, before", "generated, after"]),
-    }
     figure = Figure(figsize=(10, 10), layout="constrained")
     figure.suptitle("Losses, scores and what the discriminator takes for real")
-    panels = figure.subplots(len(curves), sharex=True)
-    for panel, (axis, (columns, labels)) in zip(panels, curves.items(), strict=True):
-        panel.plot(rows[::group] + 1, points[:, columns], label=labels)
+    panels = figure.subplots(3, sharex=True)
+    axes = ("loss (binary cross-entropy)", "Frechet distance to real digits", "mean output")
+    for panel, axis, columns in zip(panels, axes, ([2, 3], [7], [4, 5, 6]), strict=True):
+        panel.plot(rows[::group] + 1, points[:, columns], label=[names[c] for c in columns])
         panel.set(ylabel=axis, ylim=(0, None))
         panel.grid(alpha=0.3)
         panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set(xlabel=f"step (mean of {group})", ylim=(0, 1))
     write(folder / "loss_curve.png", figure.savefig, format="png", dpi=100)
+
+
+def walk(a: Tensor, b: Tensor) -> Tensor:
+    """Return noise (10 n, latent_dim, 1, 1): from each of a to its partner of b in ten steps.
+
+    On great circles (Shoemake 1985), for the straight line between two leaves where noise lies.
+    """
+    angle = torch.cosine_similarity(a, b, dim=1).acos()[:, None, None]  # (n, 1, 1, 1, 1)
+    t = torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1)
+    path = ((1 - t) * angle).sin() * a[:, None] + (t * angle).sin() * b[:, None]
+    return (path / angle.sin()).flatten(0, 1)
+
+
+def above_nearest(digits: Tensor, real: Tensor) -> Tensor:
+    """Return 40 digits for a grid: ten given ones, the real ones nearest in pixels, ten more."""
+    digits = digits[torch.arange(20) % len(digits)]
+    nearest = torch.cdist(digits.flatten(1).float(), real.flatten(1).float()).argmin(dim=1)
+    rows = digits[:10], real[nearest[:10]], digits[10:], real[nearest[10:]]
+    return torch.cat(rows)
 
 
 # ============================================ scores ============================================
@@ -402,9 +452,8 @@ class Scorer:
                 nn.Linear(64, 10),
             ).to(device)
         optimizer = torch.optim.Adam(self.classifier.parameters(), fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=0.005, epochs=SCORER_EPOCHS, steps_per_epoch=len(seen) // 100
-        )
+        steps = SCORER_EPOCHS * len(seen) // 100
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.005, total_steps=steps)
         for _ in range(SCORER_EPOCHS):
             for index in seen[torch.randperm(len(seen), generator=stream)].split(100):
                 shift = torch.randint(-2, 3, (2,), generator=stream).tolist()  # pixels
@@ -428,14 +477,16 @@ class Scorer:
         features = torch.cat(parts)
         return features.cpu(), self.classifier[-1](features).softmax(dim=1).cpu()
 
-    def __call__(self, digits: Tensor) -> Tensor:
-        """Return the SCORES (4,) of digits (n, 28, 28) of uint8."""
+    def __call__(self, digits: Tensor) -> dict[str, float]:
+        """Return the SCORES of digits (n, 28, 28) of uint8 by their names."""
         features, probabilities = self.judge(digits)
         shares = probabilities.argmax(1).bincount(minlength=10) / len(digits)
-        fd = frechet_distance(features, self.reference)
-        evenness = torch.special.entr(shares).sum() / math.log(10)
-        confident = (probabilities.amax(1) > 0.9).float().mean()
-        return torch.tensor([fd, (shares >= 0.02).sum(), evenness, confident])
+        return {
+            "fd": frechet_distance(features, self.reference),
+            "digits": (shares >= 0.02).sum().item(),
+            "evenness": torch.special.entr(shares).sum().item() / math.log(10),
+            "confident": (probabilities.amax(1) > 0.9).float().mean().item(),
+        }
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -458,6 +509,8 @@ CHECKSUM_LENGTH = hashlib.sha256().digest_size  # bytes
 
 def write(path: Path, save: Callable, *arguments: object, **options: object) -> None:
     """Call ``save(file, ...)`` and move the file to ``path`` once it is on disk. Raises Failure."""
+    if RANK > 0:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -480,7 +533,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             raise PermissionError("no permission to write")
     except OSError as error:
         raise Failure(f"argument --output-dir: cannot write to {folder} ({error})", 2) from error
-    if os.name == "nt":  # Windows can lock no folder
+    if os.name == "nt" or RANK > 0:  # Windows can lock no folder
         yield
         return
     import fcntl
@@ -502,7 +555,7 @@ def clear_folder(folder: Path) -> None:
     old = [path for path in folder.iterdir() if ours.fullmatch(path.name)]
     if old:
         print(f"Replacing the earlier run in {folder}; checkpoint.previous.pt keeps its networks")
-    for path in old:
+    for path in old if RANK == 0 else []:
         if path.name == "checkpoint.pt":
             path.replace(folder / "checkpoint.previous.pt")
         else:
@@ -530,6 +583,8 @@ def load_checkpoint(path: Path, device: torch.device, parts: tuple = ()) -> DCGA
         raise Failure(f"{path} is damaged or not a checkpoint of this program (wrong check sum)")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # no code
+        if set(content["settings"]) != set(SHAPING):
+            raise ValueError(f"its settings are {', '.join(content['settings'])}")
         gan = DCGAN(content["settings"], device)
         for name in parts or vars(gan):
             part = getattr(gan, name)
@@ -542,10 +597,10 @@ def load_checkpoint(path: Path, device: torch.device, parts: tuple = ()) -> DCGA
         raise Failure(f"{path} is not of this version ({str(error)[:200]})") from error
 
 
-def load_generator(folder: Path, best: bool, device: torch.device) -> nn.Module:
-    """Load the generator of the last epoch, or of the best one. Raises Failure."""
-    path = folder / ("generator_best.pt" if best else "checkpoint.pt")
-    return load_checkpoint(path, device, DRAWING).average
+def load_generator(folder: Path | str, best: bool = False, device: str = "cpu") -> Generator:
+    """Load the generator of the last epoch, or the best one; in eval mode. Raises Failure."""
+    path = Path(folder) / ("generator_best.pt" if best else "checkpoint.pt")
+    return load_checkpoint(path, torch.device(device), DRAWING).average
 
 
 # ========================================= command line =========================================
@@ -559,8 +614,9 @@ class Failure(Exception):  # noqa: N818 (being stopped is no error)
 
 def stop(signum: int, frame: object) -> None:
     """Handle SIGINT (Ctrl-C) and SIGTERM; after the first, the next ends at once."""
+    after = signal.SIG_IGN if TORCHRUN else signal.SIG_DFL
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
+        signal.signal(each, after)  # torchrun passes on the signal that the terminal sent to all
     raise KeyboardInterrupt(signum)
 
 
@@ -581,8 +637,9 @@ FLAGS = {  # name: (default, lowest and highest number or the words allowed, hel
     "resume": (False, (), "go on with the run in the output folder"),
     "dry_run": (False, (), "two epochs of three steps, to check an installation"),
     "generate": (None, (1, 100_000), "train nothing, draw this many digits"),
+    "interpolate": (False, (), "train nothing, draw ten walks from one digit to another"),
     "evaluate": (None, (), "train nothing, score the checkpoint, or digits in the .npy file named"),
-    "best": (False, (), "generate or evaluate with the best epoch's generator"),
+    "best": (False, (), "draw or evaluate with the best epoch's generator"),
     "no_score": (False, (), "train without scores"),
 }
 RECIPES = {"article": {}, "tuned": {"lr": 0.0005}}  # defaults of other flags
@@ -597,7 +654,7 @@ def parse_options(argv: list[str], settings: dict | None = None) -> Namespace:
         raise Failure(message, 2)
 
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = error
+    parser.error, parser.formatter_class = error, ArgumentDefaultsHelpFormatter
     modes = parser.add_mutually_exclusive_group()
     for name, (default, allowed, text) in FLAGS.items():
         kind = {"type": type(allowed[0]) if allowed else type(default)}
@@ -607,8 +664,7 @@ def parse_options(argv: list[str], settings: dict | None = None) -> Namespace:
             kind = {"choices": allowed}
         elif name == "evaluate":
             kind = {"nargs": "?", "const": Path(), "type": Path, "metavar": "FILE"}
-        text = f"{text} (default: {default})".replace("%", "%%")
-        group = modes if name in ("resume", "generate", "evaluate") else parser
+        group = modes if name in ("resume", "generate", "interpolate", "evaluate") else parser
         group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
     recipe = parser.parse_args(argv).recipe
     parser.set_defaults(**RECIPES[recipe] | (settings or {}))
@@ -618,9 +674,9 @@ def parse_options(argv: list[str], settings: dict | None = None) -> Namespace:
         if isinstance(value, (int, float)) and allowed and not allowed[0] <= value <= allowed[1]:
             flag = name.replace("_", "-")
             error(f"argument --{flag}: from {allowed[0]} to {allowed[1]}, please, not {value}")
-    draws = options.generate or options.evaluate
-    if (options.best and not draws) or (options.dry_run and draws):
-        error("--best goes with --generate or --evaluate, --dry-run with neither")
+    trained = options.generate or options.interpolate or options.evaluate
+    if (options.best and not trained) or (options.dry_run and trained):
+        error("--best goes with --generate, --interpolate or --evaluate, --dry-run with none")
     if options.dry_run:
         options.epochs = 2
     return options
@@ -647,14 +703,16 @@ def pick_hardware(options: Namespace) -> torch.device:
 def start(options: Namespace) -> None:
     """Begin a run, or take up that in the output folder, and train. Raises Failure."""
     device, gan, folder = pick_hardware(options), None, options.output_dir
+    if PROCESSES > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0)
         torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be recorded on the default one
     if options.resume:
         gan = load_checkpoint(folder / "checkpoint.pt", device)
         options = parse_options(options.argv, gan.settings)
-        for name in SHAPING:
-            given, kept = getattr(options, name), gan.settings[name]
-            if given != kept:
+        for name, kept in gan.settings.items():
+            if (given := getattr(options, name)) != kept:
                 flag = name.replace("_", "-")
                 raise Failure(f"argument --{flag}: {given}, but the run to resume has {kept}", 2)
         if gan.epoch >= options.epochs:
@@ -663,24 +721,33 @@ def start(options: Namespace) -> None:
     digits = load_digits(options.data_dir, options.split)[0].to(device)
     if options.batch_size > len(digits):
         raise Failure(f"argument --batch-size: there are only {len(digits)} digits", 2)
+    if options.batch_size % PROCESSES or 0 < len(digits) % options.batch_size < PROCESSES:
+        raise Failure(f"argument --batch-size: {PROCESSES} processes cannot share every batch", 2)
     with folder_lock(folder):
-        scorer = None if options.no_score else Scorer(device)
+        scorer = None if options.no_score or RANK > 0 else Scorer(device)
         if gan is None:
             clear_folder(folder)
             gan = DCGAN({name: getattr(options, name) for name in SHAPING}, device)
-        with torch.random.fork_rng(devices=[]):  # summary would change the networks of the run
-            networks = Generator(LATENT_DIM, WIDTH), Discriminator(WIDTH)
-        for network, shape in zip(networks, ((LATENT_DIM, 1, 1), (1, 28, 28)), strict=True):
-            print(type(network).__name__)
-            summary(network, shape, device="cpu")
+        with torch.random.fork_rng(devices=[]):  # for summary runs the networks
+            print("Generator")
+            summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
+            print("Discriminator")
+            summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
         print(f"Training on {len(digits):,} digits on {device} in {options.precision}")
         train(gan, digits, scorer, options)
+    if PROCESSES > 1:
+        dist.destroy_process_group()
 
 
 def generate(options: Namespace) -> None:
-    """Draw digits with a trained generator: all as numbers, the first 100 as a picture too."""
+    """Draw digits with a trained generator, as numbers and a picture, or walks between some."""
     folder = options.output_dir
     generator = load_generator(folder, options.best, pick_hardware(options))
+    if options.interpolate:
+        z = walk(*make_noise(20, options.seed, epoch=-1).split(10))
+        write(folder / "interpolation.png", grid(draw(generator, z)).save, "PNG")
+        print(f"wrote ten walks, one a row, to {folder / 'interpolation.png'}")
+        return
     digits = draw(generator, make_noise(options.generate, options.seed, epoch=-1))
     write(folder / "generated.npy", np.save, digits.numpy())
     write(folder / "generated.png", grid(digits[:100]).save, "PNG")
@@ -688,27 +755,28 @@ def generate(options: Namespace) -> None:
 
 
 def evaluate(options: Namespace) -> None:
-    """Score 10,000 digits of a trained generator, or those in a file, and write score.json."""
-    device, source = pick_hardware(options), options.evaluate
+    """Score 10,000 digits of a trained generator, or those in a file, and look for copies."""
+    device, folder, source = pick_hardware(options), options.output_dir, options.evaluate
     if source == Path():
-        source = options.output_dir / ("generator_best.pt" if options.best else "checkpoint.pt")
-        generator = load_generator(options.output_dir, options.best, device)
-        digits = draw(generator, make_noise(10_000, options.seed, epoch=-1))
+        source = folder / ("generator_best.pt" if options.best else "checkpoint.pt")
+        gan = load_checkpoint(source, device, DRAWING)
+        options.split = gan.settings["split"]
+        digits = draw(gan.average, make_noise(10_000, options.seed, epoch=-1))
     else:
         try:
             digits = torch.from_numpy(np.load(source, allow_pickle=False))
             if digits.dtype != torch.uint8 or digits.shape[1:] != (28, 28) or len(digits) < 2:
                 raise ValueError(f"it holds {digits.dtype} of shape {tuple(digits.shape)}")
-        except Exception as error:
+        except Exception as error:  # whatever numpy finds wrong with it
             raise Failure(f"argument --evaluate: {source}: {error}", 2) from error
+    real = load_digits(options.data_dir, options.split)[0]
     scorer = Scorer(device)
     score = scorer(digits)
-    print(SCORE_LINE.format(*score.tolist()))
-    report = dict(zip(SCORES, score.tolist(), strict=True))
-    report |= {"floor": scorer.floor, "count": len(digits), "of": str(source)}
-    with folder_lock(options.output_dir):
-        text = json.dumps(report, indent=1).encode()
-        write(options.output_dir / "score.json", lambda file: file.write(text))
+    print(SCORE_LINE.format(*score.values()))
+    score |= {"floor": scorer.floor, "count": len(digits), "of": str(source)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "score.json", lambda file: file.write(json.dumps(score, indent=1).encode()))
+    write(folder / "nearest.png", grid(above_nearest(digits, real)).save, "PNG")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -716,18 +784,25 @@ def main(argv: list[str] | None = None) -> int:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
     try:
-        options = parse_options(sys.argv[1:] if argv is None else argv)
-        command = generate if options.generate else evaluate if options.evaluate else start
-        command(options)
+        with redirect_stdout(io.StringIO() if RANK > 0 else sys.stdout):
+            options = parse_options(sys.argv[1:] if argv is None else argv)
+            drawing = options.generate or options.interpolate
+            command = generate if drawing else evaluate if options.evaluate else start
+            command(options)
         return 0
     except Failure as failure:
         code, message = failure.code, str(failure)
     except (OSError, torch.OutOfMemoryError) as error:
         code, message = 1, str(error)
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        code, message = 1, f"a process of this run has ended; --resume goes on ({error})"
     except KeyboardInterrupt as stopped:
         code, message = 128 + stopped.args[0], "training had not begun"
-    kind = "stopped" if code > 128 else "error"
-    print(f"dcgan_mnist.py: {kind}: {' '.join(message.split())}", file=sys.stderr)
+    if RANK == 0:
+        kind = "stopped" if code > 128 else "error"
+        print(f"dcgan_mnist.py: {kind}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -75,12 +75,12 @@ def program_loop(device: torch.device, precision: str) -> Loop:
     names = dcgan_mnist.SHAPING
     settings = {name: dcgan_mnist.FLAGS[name][0] for name in names} | {"precision": precision}
     step = dcgan_mnist.GraphedStep(dcgan_mnist.DCGAN(settings, device))
-    digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test").to(device)
+    digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0].to(device)
     noise = dcgan_mnist.random_stream(0, 1, device)
     while True:
-        for index in dcgan_mnist.shuffled(len(digits), 0, 1).to(device).split(BATCH_SIZE):
+        for index in torch.randperm(len(digits)).to(device).split(BATCH_SIZE):
             z = torch.randn(BATCH_SIZE, 100, 1, 1, generator=noise, device=device)
-            step(dcgan_mnist.make_batch(digits, index), z)
+            step(dcgan_mnist.to_images(digits[index]), z)
             yield
 
 

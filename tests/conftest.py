@@ -76,12 +76,15 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., Outcome]:
-    """Run the program in an empty folder, with small networks and 60 digits unless given others."""
+    """Run the program in an empty folder, with small networks and 60 digits unless given others.
+
+    Unless asked for they leave out the scores, which take longer than all else.
+    """
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
-    def run(*argv: object) -> Outcome:
-        options = [str(option) for option in argv]
+    def run(*argv: object, scored: bool = False) -> Outcome:
+        options = [str(option) for option in argv] + ["--no-score"] * (not scored)
         if "--data-dir" not in options:
             options += ["--data-dir", str(data_dir)]
         capsys.readouterr()

@@ -64,9 +64,10 @@ def test_the_bundled_split_is_whole():
     for name, expected in BUNDLED.items():
         path = ROOT / "MNIST" / "MNIST" / "raw" / name
         assert hashlib.sha256(path.read_bytes()).hexdigest() == expected
-    digits = load_digits(ROOT / "MNIST", "test")
+    digits, labels = load_digits(ROOT / "MNIST", "test")
     assert digits.shape == (10_000, 28, 28)
     assert digits.dtype == torch.uint8
+    assert labels.unique().tolist() == list(range(10))
 
 
 def test_the_default_data_needs_no_network(tmp_path: Path):
@@ -172,7 +173,8 @@ def test_damaged_or_foreign_files_end_with_one_line(run, data_dir: Path, kind: s
 
 
 def test_other_data_in_the_same_files_just_works(run, data_dir: Path):
-    digits = load_digits(data_dir, "test")
+    digits, labels = load_digits(data_dir, "test")
     assert torch.equal(digits, write_split(data_dir, 60))
+    assert labels.tolist() == [i % 10 for i in range(60)]
     assert digits.dtype == torch.uint8
     assert "Training on 60 digits" in run("--dry-run", "--batch-size", 20).out

@@ -39,12 +39,16 @@ VALUES = {
     "--data-dir": st.sampled_from(["data", "data/.", "./data"]),
     "--split": st.one_of(st.just("test"), st.text(max_size=5)),
     "--device": st.one_of(st.just("cpu"), st.sampled_from(["cuda", "mps", "gpu", "", "cuda:9"])),
-    **dict.fromkeys(["--batch-size", "--lr", "--beta1", "--seed", "--log-every"], NUMBERS),
+    **dict.fromkeys(["--batch-size", "--lr", "--beta1", "--ema", "--seed", "--log-every"], NUMBERS),
     "--generate": NUMBERS.filter(is_quick),
+    "--evaluate": st.sampled_from(["file", "data", "none.npy", "\0"]),
+    "--recipe": st.sampled_from(["article", "tuned", "x", ""]),
     "--unknown": WORDS,
 }
 FLAG = st.sampled_from(sorted(VALUES)).flatmap(lambda name: st.tuples(st.just(name), VALUES[name]))
-BARE = st.sampled_from([("--resume",), ("--dry-run",), ("--epochs",), ("stray",), ("-",)])
+BARE = st.sampled_from(
+    [("--resume",), ("--dry-run",), ("--best",), ("--evaluate",), ("--epochs",), ("stray",), ("-",)]
+)
 LINES = st.lists(st.one_of(FLAG, FLAG, FLAG, FLAG, BARE), max_size=4)
 
 
@@ -62,7 +66,7 @@ def test_any_command_line_succeeds_or_ends_with_one_line(line, capsys, monkeypat
     monkeypatch.chdir(folder)
     write_split(Path("data"), 7)
     Path("file").write_text("mine")
-    argv = ["--device", "cpu", "--data-dir", "data", "--epochs", "1"]
+    argv = ["--device", "cpu", "--data-dir", "data", "--epochs", "1", "--no-score"]
     argv += [word for words in line for word in words]
     capsys.readouterr()
     try:

@@ -80,10 +80,11 @@ def test_every_picture_is_drawn_from_the_same_noise(run):
     noises = []
     for epochs in (1, 2):
         run("--epochs", epochs, "--batch-size", 20, "--output-dir", str(epochs))
-        gan, state = new_gan(), saved(str(epochs))
-        gan.generator.load_state_dict(state["generator"])
+        state = saved(str(epochs))
+        gan = new_gan(**state["settings"])
+        gan.average.load_state_dict(state["average"])
         noises.append(state["fixed_noise"])
-        drawn = draw(gan.generator, state["fixed_noise"])
+        drawn = draw(gan.average, state["fixed_noise"])
         path = Path(str(epochs)) / f"generated_epoch_{epochs:03d}.png"
         assert torch.equal(digits_in(path), drawn)
     assert torch.equal(*noises)
@@ -106,23 +107,22 @@ def test_minus_one_is_black_and_one_is_white_without_stretching():
 @pytest.mark.usefixtures("small_networks")
 def test_drawing_changes_nothing():
     gan = new_gan()
-    before = {name: tensor.clone() for name, tensor in gan.generator.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in gan.average.state_dict().items()}
     state = torch.get_rng_state()
     graphs = []
-    gan.generator.register_forward_hook(lambda *call: graphs.append(call[2].requires_grad))
-    digits = draw(gan.generator, gan.fixed_noise)
+    gan.average.register_forward_hook(lambda *call: graphs.append(call[2].requires_grad))
+    digits = draw(gan.average, gan.fixed_noise)
     assert torch.equal(state, torch.get_rng_state())
-    after = gan.generator.state_dict()
+    after = gan.average.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert gan.generator.training
     assert graphs == [False]
-    assert all(p.grad is None for p in gan.generator.parameters())
-    assert torch.equal(digits, draw(gan.generator, gan.fixed_noise))
+    assert all(p.grad is None for p in gan.average.parameters())
+    assert torch.equal(digits, draw(gan.average, gan.fixed_noise))
 
 
 @pytest.mark.usefixtures("small_networks")
 def test_a_digit_does_not_depend_on_those_drawn_with_it():
-    generator = new_gan().generator
+    generator = new_gan().average
     z = torch.randn(501, dcgan_mnist.LATENT_DIM, 1, 1, generator=torch.Generator().manual_seed(0))
     together = draw(generator, z)
     assert together.shape == (501, 28, 28)
@@ -175,12 +175,12 @@ def test_curves_of_a_long_run_are_drawn_from_means(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", spy)
     gan = new_gan()
-    gan.epoch, gan.history = 2, torch.arange(1000.0).view(-1, 1).expand(-1, 5)
+    gan.epoch, gan.history = 2, torch.arange(1000.0).view(-1, 1).expand(-1, 9)
     write_history(gan, tmp_path)
     x, y = drawn[0]
     assert len(x) == len(y) == 334
     assert y[0].tolist() == [1.0, 1.0]
-    assert size_of(tmp_path / "loss_curve.png") == (1000, 700)
+    assert size_of(tmp_path / "loss_curve.png") == (1000, 1000)
     lines = (tmp_path / "history.csv").read_text().splitlines()
     assert len(lines) == 1001
     assert lines[501].startswith("2,1,500,")

@@ -51,6 +51,7 @@ def test_a_checkpoint_holds_all_that_is_needed(run):
     assert set(state) == {
         "generator",
         "discriminator",
+        "average",
         "optimizer_g",
         "optimizer_d",
         "fixed_noise",
@@ -58,15 +59,19 @@ def test_a_checkpoint_holds_all_that_is_needed(run):
         "settings",
         "history",
         "samples",
+        "best_epoch",
+        "best_fd",
     }
     assert state["epoch"] == 2
-    assert state["history"].shape == (6, 5)
+    assert state["history"].shape == (6, 9)
     options = dcgan_mnist.parse_options(["--device", "cpu"])
     dcgan_mnist.pick_hardware(options)
     assert state["settings"] == {
+        "recipe": "article",
         "batch_size": 20,
         "lr": 0.0002,
         "beta1": 0.5,
+        "ema": 0.99,
         "seed": 0,
         "split": "test",
         "precision": options.precision,
@@ -84,10 +89,17 @@ def test_shaping_options_come_from_the_checkpoint(run, whole: str):
 
 @pytest.mark.parametrize(
     ("name", "kept", "given"),
-    [("batch-size", 20, 10), ("lr", 0.0002, 0.1), ("beta1", 0.5, 0.9), ("seed", 0, 1)],
+    [
+        ("batch-size", 20, 10),
+        ("lr", 0.0002, 0.1),
+        ("beta1", 0.5, 0.9),
+        ("ema", 0.99, 0.5),
+        ("seed", 0, 1),
+        ("recipe", "article", "tuned"),
+    ],
 )
 def test_another_value_with_resume_is_refused_naming_both(
-    run, name: str, kept: float, given: float
+    run, name: str, kept: object, given: object
 ):
     run(*OPTIONS, "--epochs", 1)
     before = contents(Path())
@@ -145,7 +157,7 @@ KILLS = 20
 def test_20_kills_at_random_moments_lose_nothing(forks, tmp_path: Path):
     write_split(tmp_path / "data", 60)
     argv = [str(option) for option in OPTIONS]
-    argv += ["--epochs", "5", "--device", "cpu", "--data-dir", str(tmp_path / "data")]
+    argv += ["--epochs", "5", "--device", "cpu", "--data-dir", str(tmp_path / "data"), "--no-score"]
 
     def start(folder: Path) -> multiprocessing.Process:
         folder.mkdir(exist_ok=True)
@@ -179,7 +191,16 @@ def test_20_kills_at_random_moments_lose_nothing(forks, tmp_path: Path):
 @pytest.fixture
 def command(tmp_path: Path, data_dir: Path) -> Iterator[subprocess.Popen]:
     """The real command in a process of its own, in the midst of its second epoch."""
-    line = [sys.executable, "-u", SMALL_PROGRAM, "--epochs", "100000", "--log-every", "1"]
+    line = [
+        sys.executable,
+        "-u",
+        SMALL_PROGRAM,
+        "--epochs",
+        "100000",
+        "--log-every",
+        "1",
+        "--no-score",
+    ]
     line += ["--batch-size", "1", "--device", "cpu", "--data-dir", data_dir]
     with subprocess.Popen(
         list(map(str, line)),
@@ -210,13 +231,14 @@ def test_a_stop_signal_ends_the_command_with_a_way_to_go_on(command, signum: int
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_stop_signal_ends_at_once(signum: int):
-    handler = signal.getsignal(signum)
-    with dcgan_mnist.stop_signals() as stop:
-        signal.raise_signal(signum)
-        assert stop == [signum]
-        for each in (signal.SIGINT, signal.SIGTERM):
-            assert signal.getsignal(each) == signal.SIG_DFL
-    assert signal.getsignal(signum) == handler
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            dcgan_mnist.stop(signum, None)
+        assert {signal.getsignal(each) for each in handlers} == {signal.SIG_DFL}
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, action) -> list[torch.Tensor]:
@@ -258,7 +280,7 @@ def test_a_stop_in_the_first_epoch_says_that_nothing_is_saved(run, monkeypatch):
 
 def test_ctrl_c_before_training_is_no_traceback(run, monkeypatch):
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(dcgan_mnist, "load_digits", interrupted)
     assert run().is_one_line(130, "stopped: ")
@@ -373,11 +395,11 @@ def test_sealed_checkpoints_of_another_kind_are_refused(run, sound: bytes, fault
     if fault == "code":
         state["epoch"] = Bomb()
     elif fault == "older layout":
-        del state["samples"]
+        del state["average"]
     elif fault == "newer layout":
         state["settings"]["curriculum"] = True
     elif fault == "other size":
-        state["generator"] = dcgan_mnist.Generator(8, 6).state_dict()
+        state["average"] = dcgan_mnist.Generator(8, 6).state_dict()
     elif fault == "no dictionary":
         state = [1, 2]
     path = Path("forged.pt")
