@@ -51,6 +51,7 @@ SCORES = ("fd", "digits", "evenness", "confident")
 SCORE_LINE = "score: FD {:.1f} - digits {}/10 - evenness {:.2f} - confident {:.2f}"
 TORCHRUN = dist.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # of this process; the first prints and writes
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0  # of those on this machine
 PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 
@@ -168,7 +169,8 @@ class DCGAN:
             self.generator.forward = mixed(self.generator.forward)
             self.average.forward = mixed(self.average.forward)
             self.discriminator.logits = mixed(self.discriminator.logits)
-        adam = {"betas": (settings["beta1"], 0.999), "fused": True, "capturable": True}
+        betas = settings["beta1"], settings["beta2"]
+        adam = {"betas": betas, "fused": True, "capturable": True}
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), settings["lr"], **adam)
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), settings["lr"], **adam)
         self.settings = settings
@@ -612,11 +614,14 @@ class Failure(Exception):  # noqa: N818 (being stopped is no error)
         self.code = code
 
 
-def stop(signum: int, frame: object) -> None:
-    """Handle SIGINT (Ctrl-C) and SIGTERM; after the first, the next ends at once."""
-    after = signal.SIG_IGN if TORCHRUN else signal.SIG_DFL
+def on_stop_signals(handler: Callable | signal.Handlers) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, after)  # torchrun passes on the signal that the terminal sent to all
+        signal.signal(each, handler)
+
+
+def stop(signum: int, frame: object) -> None:
+    """Handle SIGINT (Ctrl-C) or SIGTERM; the next one ends at once."""
+    on_stop_signals(signal.SIG_DFL)
     raise KeyboardInterrupt(signum)
 
 
@@ -629,6 +634,7 @@ FLAGS = {  # name: (default, lowest and highest number or the words allowed, hel
     "split": ("test", ("test", "train"), "the 10,000 bundled digits, or 60,000 to download once"),
     "lr": (0.0002, (1e-8, 1.0), "learning rate of both networks"),
     "beta1": (0.5, (0.0, 0.9999), "Adam's decay rate of the mean gradient"),
+    "beta2": (0.999, (0.0, 0.999999), "Adam's decay rate of the mean squared gradient"),
     "ema": (0.99, (0.0, 0.9999), "decay of the averaged weights that draw; 0: no average"),
     "seed": (0, (0, 2**32 - 1), "where all random numbers start"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute; auto: on a GPU if any"),
@@ -642,9 +648,10 @@ FLAGS = {  # name: (default, lowest and highest number or the words allowed, hel
     "best": (False, (), "draw or evaluate with the best epoch's generator"),
     "no_score": (False, (), "train without scores"),
 }
-RECIPES = {"article": {}, "tuned": {"lr": 0.0005}}  # defaults of other flags
+RECIPES = {"article": {}, "tuned": {"lr": 0.002, "beta2": 0.99}}  # defaults of other flags
 # What a run keeps:
-SHAPING = ("recipe", "batch_size", "lr", "beta1", "ema", "seed", "split", "precision", "dry_run")
+SHAPING = ("recipe", "batch_size", "lr", "beta1", "beta2", "ema", "seed", "split", "precision")
+SHAPING += ("dry_run",)
 
 
 def parse_options(argv: list[str], settings: dict | None = None) -> Namespace:
@@ -706,7 +713,7 @@ def start(options: Namespace) -> None:
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0)
+        torch.cuda.set_device(LOCAL_RANK)
         torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be recorded on the default one
     if options.resume:
         gan = load_checkpoint(folder / "checkpoint.pt", device)
@@ -718,7 +725,11 @@ def start(options: Namespace) -> None:
         if gan.epoch >= options.epochs:
             print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
             return
+    if LOCAL_RANK > 0:
+        dist.barrier()  # until the first process of this machine has downloaded what is missing
     digits = load_digits(options.data_dir, options.split)[0].to(device)
+    if PROCESSES > 1 and LOCAL_RANK == 0:
+        dist.barrier()
     if options.batch_size > len(digits):
         raise Failure(f"argument --batch-size: there are only {len(digits)} digits", 2)
     if options.batch_size % PROCESSES or 0 < len(digits) % options.batch_size < PROCESSES:
@@ -781,8 +792,7 @@ def evaluate(options: Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
+    on_stop_signals(stop if RANK == 0 else signal.SIG_DFL)
     try:
         with redirect_stdout(io.StringIO() if RANK > 0 else sys.stdout):
             options = parse_options(sys.argv[1:] if argv is None else argv)
@@ -797,9 +807,10 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not dist.is_initialized():
             raise
-        code, message = 1, f"a process of this run has ended; --resume goes on ({error})"
+        code, message = 1, f"a process of this run has ended; --resume goes on ({str(error)[:200]})"
     except KeyboardInterrupt as stopped:
         code, message = 128 + stopped.args[0], "training had not begun"
+    on_stop_signals(signal.SIG_DFL)
     if RANK == 0:
         kind = "stopped" if code > 128 else "error"
         print(f"dcgan_mnist.py: {kind}: {' '.join(message.split())}", file=sys.stderr)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, contents
 from PIL import Image
+from test_pictures import digits_in
 
 import dcgan_mnist
 
@@ -35,6 +36,11 @@ def test_zero_is_refused(run, name: str):
         (["--batch-size", "61"], ["--batch-size", "60"]),
         (["--epoch", "3"], ["--epoch"]),
         (["--generate", "3", "--dry-run"], ["--generate", "--dry-run"]),
+        (["--interpolate", "--dry-run"], ["--interpolate", "--dry-run"]),
+        (["--interpolate", "--generate", "3"], ["--interpolate", "--generate"]),
+        (["--evaluate", "--resume"], ["--evaluate", "--resume"]),
+        (["--recipe", "secret"], ["--recipe", "secret", "tuned"]),
+        (["--ema", "1"], ["--ema", "0.9999"]),
         (["--epochs"], ["--epochs"]),
         (["line\nbreak"], ["line break"]),
     ],
@@ -138,6 +144,40 @@ def test_generate_follows_the_seed(run):
 def test_generate_needs_a_checkpoint(run):
     assert run("--generate", 5).is_one_line(1, "error: ", "result/checkpoint.pt", "train first")
     assert not any(Path().iterdir())
+
+
+def test_interpolate_draws_ten_walks_without_training(run):
+    run("--epochs", 2, "--batch-size", 10, "--lr", 0.02)
+    before = contents(Path())
+    outcome = run("--interpolate")
+    assert (outcome.code, outcome.err) == (0, "")
+    after = contents(Path())
+    assert set(after) - set(before) == {"result/interpolation.png"}
+    assert all(after[name] == before[name] for name in before)
+    rows = digits_in(Path("result/interpolation.png"), rows=10).view(10, 10, 28, 28)
+    run("--generate", 20)
+    ends = torch.from_numpy(np.load("result/generated.npy")).int()
+    assert (rows[:, 0] - ends[:10]).abs().max() <= 1
+    assert (rows[:, -1] - ends[10:]).abs().max() <= 1
+    run("--interpolate", "--seed", 1)
+    assert contents(Path())["result/interpolation.png"] != after["result/interpolation.png"]
+
+
+def test_interpolate_needs_a_checkpoint(run):
+    assert run("--interpolate").is_one_line(1, "error: ", "result/checkpoint.pt", "train first")
+
+
+def test_walks_go_along_the_sphere_in_equal_steps():
+    stream = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 5, 100, 1, 1, generator=stream)
+    steps = dcgan_mnist.walk(a, b).view(5, 10, 100)
+    torch.testing.assert_close(steps[:, 0], a.flatten(1))
+    torch.testing.assert_close(steps[:, -1], b.flatten(1))
+    a, b = torch.eye(100)[:2].view(2, 1, 100, 1, 1)
+    steps = dcgan_mnist.walk(3 * a, 3 * b).view(10, 100)
+    torch.testing.assert_close(steps.norm(dim=1), torch.full((10,), 3.0))
+    angles = torch.atan2(steps[:, 1], steps[:, 0])
+    torch.testing.assert_close(angles, torch.linspace(0, torch.pi / 2, 10))
 
 
 def test_generating_many_digits_takes_bounded_memory(run, monkeypatch):

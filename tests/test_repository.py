@@ -63,8 +63,21 @@ def test_readme_shows_a_log_line_of_the_programs_form():
     assert LOG_LINE.search(README)
 
 
+def test_the_scripts_own_metadata_names_the_programs_requirements():
+    block = re.match(r"# /// script\n((?:# .*\n)+?)# ///\n", SOURCE)[1]
+    python, packages = re.fullmatch(
+        r'requires-python = "(.*?)"\ndependencies = (\[.*?\])\n',
+        re.sub(r"^# ", "", block, flags=re.MULTILINE),
+        re.DOTALL,
+    ).groups()
+    assert python == ">=3.10"
+    program = (ROOT / "requirements.txt").read_text().split("\n\n")[0]
+    lines = [line for line in program.splitlines() if not line.startswith("#")]
+    assert ast.literal_eval(packages) == lines
+
+
 def test_the_file_stays_short_enough_to_read():
-    assert len(SOURCE.splitlines()) < 600
+    assert len(SOURCE.splitlines()) < 750
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 50, node.name

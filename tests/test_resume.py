@@ -71,6 +71,7 @@ def test_a_checkpoint_holds_all_that_is_needed(run):
         "batch_size": 20,
         "lr": 0.0002,
         "beta1": 0.5,
+        "beta2": 0.999,
         "ema": 0.99,
         "seed": 0,
         "split": "test",

@@ -1,0 +1,133 @@
+"""Several processes started by torchrun, and this process in the place of one of them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, contents, new_gan, write_split
+from test_pictures import FILES
+
+import dcgan_mnist
+
+OPTIONS = ("--batch-size", 20, "--device", "cpu", "--no-score")
+
+
+def torchrun(folder: Path, *options: object) -> subprocess.Popen:
+    """Start the small program in two processes on the digits of the data_dir fixture."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [ROOT / "tests" / "shared_program.py", *OPTIONS, *options]
+    command += ["--data-dir", folder.parent / "data"]
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_share_every_batch_and_stay_the_same(run, monkeypatch):
+    process = torchrun(Path.cwd(), "--epochs", 2)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert re.findall(r"^Epoch .*", out, re.MULTILINE) == ["Epoch 1/2", "Epoch 2/2"]
+    assert out.count("saved to result") == 2
+    assert set(contents(Path("result"))) == FILES
+
+    kept = [torch.load(f"kept_{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(map(torch.equal, kept[0]["weights"], kept[1]["weights"]))
+
+    alone = []
+    original = dcgan_mnist.training_step
+    monkeypatch.setattr(
+        dcgan_mnist,
+        "training_step",
+        lambda gan, real, z: (alone.append((real, z)), original(gan, real, z))[1],
+    )
+    run(*OPTIONS, "--epochs", 2, "--output-dir", "alone")
+    for i, (real, z) in enumerate(alone):
+        assert torch.equal(torch.cat([share["real"][i] for share in kept]), real)
+        assert torch.equal(torch.cat([share["z"][i] for share in kept]), z)
+        assert len(kept[0]["z"][i]) == len(kept[1]["z"][i]) == 10
+
+    outcome = run("--resume", "--epochs", 3)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert torch.load("result/checkpoint.pt", weights_only=True)["epoch"] == 3
+
+
+def test_a_killed_process_ends_the_job_and_resume_goes_on(run):
+    with torchrun(Path.cwd(), "--epochs", 100_000) as process:
+        for line in process.stdout:
+            if "Epoch 3/" in line:
+                break
+        os.kill(int(Path("pid_1").read_text()), signal.SIGKILL)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert err.count("dcgan_mnist.py: ") == 1
+    assert "dcgan_mnist.py: error: a process of this run has ended; --resume goes on" in err
+    saved = torch.load("result/checkpoint.pt", weights_only=True)["epoch"]
+    assert saved >= 2
+    assert not list(Path("result").glob(".*"))
+    outcome = run("--resume", "--epochs", saved + 1)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert torch.load("result/checkpoint.pt", weights_only=True)["epoch"] == saved + 1
+
+
+def test_two_processes_go_on_with_the_run_of_one(run):
+    run(*OPTIONS, "--epochs", 1)
+    process = torchrun(Path.cwd(), "--resume", "--epochs", 2)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert torch.load("result/checkpoint.pt", weights_only=True)["epoch"] == 2
+
+
+def test_only_the_first_process_prints_and_writes(run, monkeypatch):
+    monkeypatch.setattr(dcgan_mnist, "RANK", 1)
+    for argv, code in ((["--dry-run", *OPTIONS], 0), (["--epochs", "none"], 2)):
+        outcome = run(*argv)
+        assert (outcome.code, outcome.out, outcome.err) == (code, "", "")
+    assert contents(Path()) == {}
+
+
+@pytest.mark.parametrize(("digits", "size"), [(60, 15), (61, 20)])
+def test_a_batch_that_cannot_be_shared_is_refused(
+    run, tmp_path, monkeypatch, digits: int, size: int
+):
+    write_split(tmp_path / "data", digits)
+    monkeypatch.setattr(dcgan_mnist, "PROCESSES", 2)
+    monkeypatch.setattr(dcgan_mnist.dist, "init_process_group", lambda _: None)
+    monkeypatch.setattr(dcgan_mnist.dist, "barrier", lambda: None)
+    outcome = run("--batch-size", size, "--epochs", 1)
+    assert outcome.is_one_line(2, "--batch-size", "2 processes")
+    assert not Path("result").exists()
+
+
+def test_gradients_and_figures_are_means_over_the_processes(small_networks, monkeypatch):
+    monkeypatch.setattr(dcgan_mnist, "PROCESSES", 2)
+    monkeypatch.setattr(dcgan_mnist.dist, "all_reduce", lambda tensor: tensor.add_(3))
+    gan = new_gan()
+    step = dcgan_mnist.SharedStep(gan)
+    seen = []
+    gan.optimizer_d.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in gan.discriminator.parameters())
+    )
+    stream = torch.Generator().manual_seed(0)
+    real = torch.rand(6, 1, 28, 28, generator=stream)
+    z = torch.randn(6, dcgan_mnist.LATENT_DIM, 1, 1, generator=stream)
+    stats = step(real, z)
+
+    twin = new_gan()
+    own = []
+    twin.optimizer_d.register_step_pre_hook(
+        lambda *_: own.extend(p.grad.clone() for p in twin.discriminator.parameters())
+    )
+    figures = dcgan_mnist.training_step(twin, real[:3], z[:3])
+    for shared, single in zip(seen, own, strict=True):
+        torch.testing.assert_close(shared, (single + 3) / 2)
+    torch.testing.assert_close(stats[0], (figures[0] + 3) / 2)
