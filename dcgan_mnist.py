@@ -10,9 +10,9 @@
     python dcgan_mnist.py --generate 1000   draw digits with the trained generator
 
 The discriminator learns to tell real digits from generated ones; the generator learns to turn
-noise into digits that the discriminator takes for real. Networks and training follow Radford,
-Metz and Chintala, "Unsupervised Representation Learning with Deep Convolutional Generative
-Adversarial Networks" (2016), arXiv:1511.06434. README.md says what is written, and when.
+noise into digits that the discriminator takes for real. After Radford, Metz and Chintala (2016),
+"Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks",
+arXiv:1511.06434. README.md says what is written, and when.
 """
 
 import copy
@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
@@ -42,17 +42,13 @@ from tqdm import tqdm
 
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
-SAMPLES = 50  # digits in an epoch's picture
-SCORED = 2000  # digits in an epoch's score
-SCORER_EPOCHS = 10
+SAMPLES, SCORED, SCORER_EPOCHS = 50, 2000, 10  # digits in an epoch's picture and score; of its scorer
 STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
 LOG_LINE = "({}/{}) ds_loss: {:.3f} - gn_loss: {:.3f} - true_out: {:.3f} - fake_out: {:.3f}>>{:.3f}"
 SCORES = ("fd", "digits", "evenness", "confident")
 SCORE_LINE = "score: FD {:.1f} - digits {}/10 - evenness {:.2f} - confident {:.2f}"
-TORCHRUN = dist.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # of this process; the first prints and writes
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0  # of those on this machine
-PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+RANK = int(os.environ.get("RANK", "0"))  # among torchrun's processes; 0 alone prints and writes
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 # =========================================== networks ===========================================
@@ -115,10 +111,7 @@ def weights_init(m: nn.Module) -> None:
 
 # ============================================= data =============================================
 def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Read a split, "test" or "train": digits (n, 28, 28) of uint8, labels (n,) from 0 to 9.
-
-    Files missing in ``data_dir/MNIST/raw`` are downloaded; others of MNIST's format will do.
-    """
+    """Read or download a split: digits (n, 28, 28) of uint8, labels (n,). Raises Failure."""
     from torchvision.datasets import MNIST  # here and not above, for it takes a while
 
     prefix, raw = {"train": "train", "test": "t10k"}[split], data_dir / "MNIST" / "raw"
@@ -134,8 +127,7 @@ def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
         return data.data, data.targets
     except Exception as error:  # whatever the network or the bytes of a damaged file can cause
         names = f"{prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte"
-        message = f"{names} are missing or damaged ({error}); place sound ones in {raw}"
-        raise Failure(message) from error
+        raise Failure(f"{names} are missing or damaged ({error}); place sound ones in {raw}") from error
 
 
 def to_images(digits: Tensor) -> Tensor:
@@ -169,28 +161,20 @@ class DCGAN:
             self.generator.forward = mixed(self.generator.forward)
             self.average.forward = mixed(self.average.forward)
             self.discriminator.logits = mixed(self.discriminator.logits)
-        betas = settings["beta1"], settings["beta2"]
-        adam = {"betas": betas, "fused": True, "capturable": True}
+        adam = {"betas": (settings["beta1"], settings["beta2"]), "fused": True, "capturable": True}
         self.optimizer_g = torch.optim.Adam(self.generator.parameters(), settings["lr"], **adam)
         self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), settings["lr"], **adam)
-        self.settings = settings
-        self.epoch = 0  # epochs done
+        self.settings, self.epoch = settings, 0  # epochs done
         self.fixed_noise = make_noise(SAMPLES, settings["seed"], epoch=0)
         self.samples = torch.empty(0, SAMPLES, 28, 28).byte()  # drawn from it after each epoch
         self.history = torch.empty(0, len(STATS + SCORES))  # a row for each step
         self.best_fd, self.best_epoch = math.inf, 0
 
-    def update_average(self) -> None:
-        """Move the averaged weights a little towards the generator's."""
-        update = get_ema_multi_avg_fn(self.settings["ema"])
-        update(list(self.average.parameters()), list(self.generator.parameters()), None)
-
 
 def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
-    """Update the discriminator, then the generator, on one batch.
+    """Update both networks on images (n, 1, 28, 28) in [-1, 1] and noise; return the STATS (5,).
 
-    Algorithm 1 of Goodfellow et al. (2014), arXiv:1406.2661, with its non-saturating loss. Takes
-    images (n, 1, 28, 28) in [-1, 1] and noise (n, latent_dim, 1, 1); returns the STATS, (5,).
+    Algorithm 1 of Goodfellow et al. (2014), arXiv:1406.2661, with its non-saturating loss.
     """
     generator, discriminator = gan.generator, gan.discriminator
     bce, ones, zeros = nn.BCEWithLogitsLoss(), real.new_ones(len(real)), real.new_zeros(len(real))
@@ -213,8 +197,8 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     gn_loss = bce(on_fake_after, ones)
     gn_loss.backward()
     gan.optimizer_g.step()
-    gan.update_average()
-
+    update_average = get_ema_multi_avg_fn(gan.settings["ema"])  # which draws the better digits
+    update_average(list(gan.average.parameters()), list(generator.parameters()), None)
     outputs = [logits.sigmoid().mean() for logits in (on_real, on_fake, on_fake_after)]
     return torch.stack([ds_loss, gn_loss, *outputs]).detach()
 
@@ -228,7 +212,14 @@ class GraphedStep:
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         self.full_steps += len(real) == self.gan.settings["batch_size"]
         if self.full_steps == 4 and real.is_cuda:  # a GPU is warm by then
-            self.record(real.clone(), z.clone())
+            self.real, self.z = real.clone(), z.clone()
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                    self.stats = training_step(self.gan, self.real, self.z)  # not yet computed
+                self.graph = graph
+            except RuntimeError as error:
+                print(f"No CUDA graph, so steps take longer: {error}".splitlines()[0])
         if self.graph is None or real.shape != self.real.shape:
             return training_step(self.gan, real, z)
         self.real.copy_(real)
@@ -236,37 +227,23 @@ class GraphedStep:
         self.graph.replay()
         return self.stats
 
-    def record(self, real: Tensor, z: Tensor) -> None:
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                self.stats = training_step(self.gan, real, z)  # computes nothing until replayed
-            self.real, self.z, self.graph = real, z, graph
-        except RuntimeError as error:
-            print(f"No CUDA graph, so steps take longer: {error}".splitlines()[0])
 
-
-# ====================================== several processes =======================================
 class SharedStep:
     """training_step in several processes at once, each with its share of the batch."""
 
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
-        gan.optimizer_d.register_step_pre_hook(self.share_gradients)
-        gan.optimizer_g.register_step_pre_hook(self.share_gradients)
-        if next(gan.generator.parameters()).is_cuda:  # and share BatchNorm's statistics as well
-            nn.SyncBatchNorm.convert_sync_batchnorm(gan.generator)
-            nn.SyncBatchNorm.convert_sync_batchnorm(gan.discriminator)
+        for network in (gan.generator, gan.discriminator):
+            for parameter in network.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda p: self.average(p.grad))
+            if parameter.is_cuda:
+                nn.SyncBatchNorm.convert_sync_batchnorm(network)  # statistics of the whole batch
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         real, z = (part.tensor_split(PROCESSES)[RANK] for part in (real, z))
         stats = training_step(self.gan, real, z)
         self.average(stats)
         return stats
-
-    def share_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        for parameter in optimizer.param_groups[0]["params"]:
-            self.average(parameter.grad)
 
     def average(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor)
@@ -285,39 +262,31 @@ def train_epoch(step: GraphedStep | SharedStep, digits: Tensor, title: str, ever
     noise = random_stream(seed, epoch, device)
     stats = torch.zeros(len(batches), len(STATS), device=device)
     print(title)
-    hide = RANK > 0 or None  # None: where there is no terminal
-    for i, index in enumerate(tqdm(batches, title, unit="step", leave=False, disable=hide)):
+    for i, index in enumerate(tqdm(batches, title, unit="step", leave=False, disable=RANK > 0 or None)):
         z = torch.randn(len(index), LATENT_DIM, 1, 1, generator=noise, device=device)
         stats[i] = step(to_images(digits[index]), z)
-        if i % every == 0:  # only here, and after the last step, the CPU waits for a GPU
-            check_finite(gan, stats[: i + 1], title)
+        if i % every == 0 or i + 1 == len(batches):  # only here the CPU waits for a GPU
+            sound = stats[: i + 1].isfinite().all(dim=1)
+            weights = [*gan.generator.parameters(), *gan.discriminator.parameters()]
+            sound[i] &= nn.utils.get_total_norm(weights).isfinite()
+            if not sound.all():
+                raise Failure(f"diverged at step {sound.int().argmin() + 1} of {title}; lower --lr")
+        if i % every == 0:
             tqdm.write(LOG_LINE.format(i + 1, len(batches), *stats[i].tolist()))
-    check_finite(gan, stats, title)
     return stats
-
-
-def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
-    """Raise Failure if a figure of a step (a row of stats) or a weight is no finite number."""
-    sound = stats.isfinite().all(dim=1)
-    weights = [*gan.generator.parameters(), *gan.discriminator.parameters()]
-    sound[-1] &= nn.utils.get_total_norm(weights).isfinite()
-    if not sound.all():
-        raise Failure(f"diverged at step {sound.int().argmin() + 1} of {title}; try a lower --lr")
 
 
 def train(gan: DCGAN, digits: Tensor, scorer: Callable | None, options: Namespace) -> None:
     """Train up to the last epoch; bring the output folder up to date after each."""
-    step = SharedStep(gan) if dist.is_initialized() else GraphedStep(gan)
-    start = time.perf_counter()
-    folder, saved = options.output_dir, gan.epoch
+    step = SharedStep(gan) if PROCESSES > 1 else GraphedStep(gan)
+    folder, saved, start = options.output_dir, gan.epoch, time.perf_counter()
     first = torch.randperm(len(digits), generator=random_stream(gan.settings["seed"], epoch=1))
     real = digits[first[:SAMPLES].to(digits.device)].cpu()
     try:
         while saved < options.epochs:
             title = f"Epoch {saved + 1}/{options.epochs}"
             end_epoch(gan, train_epoch(step, digits, title, options.log_every), scorer)
-            write_pictures(gan, real, folder)
-            write_history(gan, folder)
+            write_results(gan, real, folder)
             if gan.best_epoch == gan.epoch:
                 save_checkpoint(gan, folder / "generator_best.pt", DRAWING)
             save_checkpoint(gan, folder / "checkpoint.pt")
@@ -327,8 +296,7 @@ def train(gan: DCGAN, digits: Tensor, scorer: Callable | None, options: Namespac
         resume = ["--resume"] if saved and not options.resume else []
         launcher = f"torchrun --nproc-per-node={PROCESSES}" if PROCESSES > 1 else "python"
         command = f"{launcher} {shlex.join([sys.argv[0], *options.argv, *resume])}"
-        message = f"saved up to epoch {saved}; to go on: {command}"
-        raise Failure(message, 128 + stopped.args[0]) from stopped
+        raise Failure(f"saved up to epoch {saved}; to go on: {command}", 128 + stopped.args[0]) from stopped
     if gan.best_epoch:
         print(f"The best epoch was {gan.best_epoch}: generator_best.pt, for --generate N --best")
 
@@ -336,8 +304,8 @@ def train(gan: DCGAN, digits: Tensor, scorer: Callable | None, options: Namespac
 def end_epoch(gan: DCGAN, stats: Tensor, scorer: Callable | None) -> None:
     """Add an epoch's figures, pictures and score to the run; warn of a collapse."""
     gan.epoch += 1
-    z = make_noise(1000, gan.settings["seed"], epoch=-2).to(stats.device)
-    update_bn(z.split(100), gan.average)  # BatchNorm statistics that fit the averaged weights
+    # BatchNorm statistics that fit the averaged weights:
+    update_bn(make_noise(1000, gan.settings["seed"], epoch=-2).split(100), gan.average, stats.device)
     gan.samples = torch.cat([gan.samples, draw(gan.average, gan.fixed_noise)[None]])
     score = dict.fromkeys(SCORES, math.nan)
     if scorer:
@@ -360,10 +328,7 @@ def end_epoch(gan: DCGAN, stats: Tensor, scorer: Callable | None) -> None:
 # =========================================== pictures ===========================================
 @torch.no_grad()
 def draw(generator: nn.Module, z: Tensor) -> Tensor:
-    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black.
-
-    In eval mode, as DCGAN.average is, the noise of one digit has no part in another.
-    """
+    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black."""
     device = next(generator.parameters()).device
     parts = [generator(part.to(device)).squeeze(1) for part in z.split(500)]  # in [-1, 1]
     return torch.cat([((part + 1) * 127.5).round().byte().cpu() for part in parts])
@@ -376,37 +341,29 @@ def grid(digits: Tensor, caption: str = "") -> Image.Image:
     rows = Image.fromarray(make_grid(digits[:, None], nrow=10)[0].numpy())
     rows = ImageOps.scale(rows, 2, Image.Resampling.NEAREST)
     picture = ImageOps.expand(rows, (0, 32 if caption else 0, 0, 0))  # above
-    font = ImageFont.load_default(size=20)
-    ImageDraw.Draw(picture).text((6, 16), caption, fill=255, font=font, anchor="lm")
+    ImageDraw.Draw(picture).text((6, 16), caption, fill=255, font_size=20, anchor="lm")
     return picture
 
 
-def write_pictures(gan: DCGAN, real: Tensor, folder: Path) -> None:
-    """Write the last epoch's picture, and those of all the run with ``real`` (n, 28, 28) ones."""
+def write_results(gan: DCGAN, real: Tensor, folder: Path) -> None:
+    """Write the pictures, with ``real`` digits (n, 28, 28), and the history as table and curves."""
+    from matplotlib.figure import Figure
+
     shown = torch.linspace(1, gan.epoch, min(gan.epoch, 10)).round().int().tolist()
     frames = [grid(gan.samples[epoch - 1], f"epoch {epoch}") for epoch in shown]
-    last = grid(real, "real digits")  # a smaller one where there are fewer than 50 digits
-    frames.append(last.crop((0, 0, *frames[0].size)))
+    frames.append(grid(real, "real digits").crop((0, 0, *frames[0].size)))  # if fewer than 50
     write(folder / "real_samples.png", grid(real).save, "PNG")
     write(folder / f"generated_epoch_{gan.epoch:03d}.png", grid(gan.samples[-1]).save, "PNG")
     write(folder / "timeline.png", Image.fromarray(np.vstack(frames)).save, "PNG")
     animation = {"append_images": frames[1:], "duration": [600] * len(shown) + [2000], "loop": 0}
     write(folder / "training.gif", frames[0].save, "GIF", save_all=True, **animation)
-
-
-def write_history(gan: DCGAN, folder: Path) -> None:
-    """Write the figures of every step as numbers, and their course as curves."""
-    from matplotlib.figure import Figure
-
     rows, steps = torch.arange(len(gan.history)), len(gan.history) // gan.epoch
     table = torch.column_stack([rows // steps + 1, rows % steps + 1, gan.history])
     names = ("epoch", "step", *STATS, *SCORES)
-    formats, header = ["%d", "%d"] + ["%.6g"] * (len(names) - 2), ",".join(names)
-    write(folder / "history.csv", np.savetxt, table, formats, ",", header=header, comments="")
+    write(folder / "history.csv", np.savetxt, table, "%.6g", ",", header=",".join(names), comments="")
     group = -(-len(rows) // 400)  # steps to a point, so that curves of any length are clear
     points = torch.stack([part.mean(0) for part in table.split(group)])
     figure = Figure(figsize=(10, 10), layout="constrained")
-    figure.suptitle("Losses, scores and what the discriminator takes for real")
     panels = figure.subplots(3, sharex=True)
     axes = ("loss (binary cross-entropy)", "Frechet distance to real digits", "mean output")
     for panel, axis, columns in zip(panels, axes, ([2, 3], [7], [4, 5, 6]), strict=True):
@@ -419,22 +376,17 @@ def write_history(gan: DCGAN, folder: Path) -> None:
 
 
 def walk(a: Tensor, b: Tensor) -> Tensor:
-    """Return noise (10 n, latent_dim, 1, 1): from each of a to its partner of b in ten steps.
-
-    On great circles (Shoemake 1985), for the straight line between two leaves where noise lies.
-    """
+    """Return noise (10 n, ...) from each of a (n, ...) to that of b, on spheres (Shoemake 1985)."""
     angle = torch.cosine_similarity(a, b, dim=1).acos()[:, None, None]  # (n, 1, 1, 1, 1)
-    t = torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1)
-    path = ((1 - t) * angle).sin() * a[:, None] + (t * angle).sin() * b[:, None]
-    return (path / angle.sin()).flatten(0, 1)
+    t = torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1) * angle
+    return (((angle - t).sin() * a[:, None] + t.sin() * b[:, None]) / angle.sin()).flatten(0, 1)
 
 
 def above_nearest(digits: Tensor, real: Tensor) -> Tensor:
     """Return 40 digits for a grid: ten given ones, the real ones nearest in pixels, ten more."""
     digits = digits[torch.arange(20) % len(digits)]
     nearest = torch.cdist(digits.flatten(1).float(), real.flatten(1).float()).argmin(dim=1)
-    rows = digits[:10], real[nearest[:10]], digits[10:], real[nearest[10:]]
-    return torch.cat(rows)
+    return torch.cat([digits[:10], real[nearest[:10]], digits[10:], real[nearest[10:]]])
 
 
 # ============================================ scores ============================================
@@ -448,14 +400,11 @@ class Scorer:
         held_out, seen = order[:1000], order[1000:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.classifier = nn.Sequential(
-                *Discriminator(width=16).layers[:-1],  # (n, 64, 3, 3)
-                *(nn.Conv2d(64, 64, kernel_size=3), nn.Flatten(), nn.ReLU()),  # (n, 64) features
-                nn.Linear(64, 10),
-            ).to(device)
+            body = Discriminator(width=16).layers[:-1]  # (n, 64, 3, 3)
+            head = nn.Flatten(), nn.Linear(576, 64), nn.ReLU(), nn.Linear(64, 10)
+            self.classifier = nn.Sequential(*body, *head).to(device)
         optimizer = torch.optim.Adam(self.classifier.parameters(), fused=True)
-        steps = SCORER_EPOCHS * len(seen) // 100
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.005, total_steps=steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, SCORER_EPOCHS * len(seen) // 100)
         for _ in range(SCORER_EPOCHS):
             for index in seen[torch.randperm(len(seen), generator=stream)].split(100):
                 shift = torch.randint(-2, 3, (2,), generator=stream).tolist()  # pixels
@@ -475,8 +424,8 @@ class Scorer:
     def judge(self, digits: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (n, 64) and probabilities (n, 10) of digits (n, 28, 28) of uint8."""
         device = self.classifier[0].weight.device
-        parts = [self.classifier[:-1](to_images(part.to(device))) for part in digits.split(500)]
-        features = torch.cat(parts)
+        images = (to_images(part.to(device)) for part in digits.split(500))
+        features = torch.cat([self.classifier[:-1](part) for part in images])
         return features.cpu(), self.classifier[-1](features).softmax(dim=1).cpu()
 
     def __call__(self, digits: Tensor) -> dict[str, float]:
@@ -494,8 +443,8 @@ class Scorer:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Return the squared Frechet distance of the Gaussians that fit features (n, d) and (m, d).
 
-    |mean A - mean B|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)), A and B being the covariances (Dowson
-    and Landau 1982). The eigenvalues of A B are real, and their roots add up to the last trace.
+    |mean A - mean B|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)) of the covariances A and B (Dowson and
+    Landau 1982). The eigenvalues of A B are real; their roots add up to the last trace.
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
@@ -585,7 +534,7 @@ def load_checkpoint(path: Path, device: torch.device, parts: tuple = ()) -> DCGA
         raise Failure(f"{path} is damaged or not a checkpoint of this program (wrong check sum)")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # no code
-        if set(content["settings"]) != set(SHAPING):
+        if set(content["settings"]) != set(SETTINGS):
             raise ValueError(f"its settings are {', '.join(content['settings'])}")
         gan = DCGAN(content["settings"], device)
         for name in parts or vars(gan):
@@ -614,14 +563,9 @@ class Failure(Exception):  # noqa: N818 (being stopped is no error)
         self.code = code
 
 
-def on_stop_signals(handler: Callable | signal.Handlers) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, handler)
-
-
 def stop(signum: int, frame: object) -> None:
     """Handle SIGINT (Ctrl-C) or SIGTERM; the next one ends at once."""
-    on_stop_signals(signal.SIG_DFL)
+    signal.signal(signum, signal.SIG_DFL)
     raise KeyboardInterrupt(signum)
 
 
@@ -649,9 +593,7 @@ FLAGS = {  # name: (default, lowest and highest number or the words allowed, hel
     "no_score": (False, (), "train without scores"),
 }
 RECIPES = {"article": {}, "tuned": {"lr": 0.002, "beta2": 0.99}}  # defaults of other flags
-# What a run keeps:
-SHAPING = ("recipe", "batch_size", "lr", "beta1", "beta2", "ema", "seed", "split", "precision")
-SHAPING += ("dry_run",)
+SETTINGS = ("recipe", "batch_size", "lr", "beta1", "beta2", "ema", "seed", "split", "precision", "dry_run")
 
 
 def parse_options(argv: list[str], settings: dict | None = None) -> Namespace:
@@ -673,33 +615,30 @@ def parse_options(argv: list[str], settings: dict | None = None) -> Namespace:
             kind = {"nargs": "?", "const": Path(), "type": Path, "metavar": "FILE"}
         group = modes if name in ("resume", "generate", "interpolate", "evaluate") else parser
         group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
-    recipe = parser.parse_args(argv).recipe
-    parser.set_defaults(**RECIPES[recipe] | (settings or {}))
-    options = parser.parse_args(argv, Namespace(argv=argv))
+    recipe = RECIPES[parser.parse_args(argv).recipe]
+    options = parser.parse_args(argv, Namespace(argv=argv, **recipe | (settings or {})))
     for name, (_, allowed, _) in FLAGS.items():
         value = getattr(options, name)
         if isinstance(value, (int, float)) and allowed and not allowed[0] <= value <= allowed[1]:
-            flag = name.replace("_", "-")
-            error(f"argument --{flag}: from {allowed[0]} to {allowed[1]}, please, not {value}")
-    trained = options.generate or options.interpolate or options.evaluate
-    if (options.best and not trained) or (options.dry_run and trained):
+            error(
+                f"argument --{name.replace('_', '-')}: from {allowed[0]} to {allowed[1]}, please, not {value}"
+            )
+    options.trained = options.generate or options.interpolate or options.evaluate
+    if (options.best and not options.trained) or (options.dry_run and options.trained):
         error("--best goes with --generate, --interpolate or --evaluate, --dry-run with none")
-    if options.dry_run:
-        options.epochs = 2
+    options.epochs = 2 if options.dry_run else options.epochs
     return options
 
 
 def pick_hardware(options: Namespace) -> torch.device:
     """Return the device, and replace "auto" in options.precision. Raises Failure."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = options.device
-    if name == "auto":
-        name = next((device for device in there if there[device]), "cpu")
+    name = options.device if options.device != "auto" else next((d for d in there if there[d]), "cpu")
     if not there.get(name, True):
         raise Failure(f"argument --device: this machine has no {name}; cpu always works", 2)
-    if options.precision == "auto":  # bf16 where the hardware computes in it
-        cpu = torch.cpu.get_capabilities()
-        native = name == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    if options.precision == "auto":
+        cpu = torch.cpu.get_capabilities() if name == "cpu" else {}
+        native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         if name == "cuda":
             native = torch.cuda.get_device_capability() >= (8, 0)
         options.precision = "bf16" if native else "fp32"
@@ -713,23 +652,21 @@ def start(options: Namespace) -> None:
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be recorded on the default one
     if options.resume:
         gan = load_checkpoint(folder / "checkpoint.pt", device)
         options = parse_options(options.argv, gan.settings)
         for name, kept in gan.settings.items():
             if (given := getattr(options, name)) != kept:
-                flag = name.replace("_", "-")
-                raise Failure(f"argument --{flag}: {given}, but the run to resume has {kept}", 2)
+                raise Failure(f"argument --{name.replace('_', '-')}: {given}, but the run has {kept}", 2)
         if gan.epoch >= options.epochs:
             print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
             return
-    if LOCAL_RANK > 0:
-        dist.barrier()  # until the first process of this machine has downloaded what is missing
-    digits = load_digits(options.data_dir, options.split)[0].to(device)
-    if PROCESSES > 1 and LOCAL_RANK == 0:
-        dist.barrier()
+    data = [load_digits(options.data_dir, options.split)[0] if RANK == 0 else None]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(data)
+    digits = data[0].to(device)
     if options.batch_size > len(digits):
         raise Failure(f"argument --batch-size: there are only {len(digits)} digits", 2)
     if options.batch_size % PROCESSES or 0 < len(digits) % options.batch_size < PROCESSES:
@@ -738,11 +675,9 @@ def start(options: Namespace) -> None:
         scorer = None if options.no_score or RANK > 0 else Scorer(device)
         if gan is None:
             clear_folder(folder)
-            gan = DCGAN({name: getattr(options, name) for name in SHAPING}, device)
+            gan = DCGAN({name: getattr(options, name) for name in SETTINGS}, device)
         with torch.random.fork_rng(devices=[]):  # for summary runs the networks
-            print("Generator")
             summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
-            print("Discriminator")
             summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
         print(f"Training on {len(digits):,} digits on {device} in {options.precision}")
         train(gan, digits, scorer, options)
@@ -750,29 +685,17 @@ def start(options: Namespace) -> None:
         dist.destroy_process_group()
 
 
-def generate(options: Namespace) -> None:
-    """Draw digits with a trained generator, as numbers and a picture, or walks between some."""
-    folder = options.output_dir
-    generator = load_generator(folder, options.best, pick_hardware(options))
-    if options.interpolate:
-        z = walk(*make_noise(20, options.seed, epoch=-1).split(10))
-        write(folder / "interpolation.png", grid(draw(generator, z)).save, "PNG")
-        print(f"wrote ten walks, one a row, to {folder / 'interpolation.png'}")
-        return
-    digits = draw(generator, make_noise(options.generate, options.seed, epoch=-1))
-    write(folder / "generated.npy", np.save, digits.numpy())
-    write(folder / "generated.png", grid(digits[:100]).save, "PNG")
-    print(f"wrote {len(digits):,} digits to {folder / 'generated.npy'}, 100 to generated.png")
-
-
-def evaluate(options: Namespace) -> None:
-    """Score 10,000 digits of a trained generator, or those in a file, and look for copies."""
+def use(options: Namespace) -> None:
+    """Draw digits with a trained generator, or walks between some, or score it or a file."""
     device, folder, source = pick_hardware(options), options.output_dir, options.evaluate
-    if source == Path():
+    if source in (None, Path()):
         source = folder / ("generator_best.pt" if options.best else "checkpoint.pt")
         gan = load_checkpoint(source, device, DRAWING)
         options.split = gan.settings["split"]
-        digits = draw(gan.average, make_noise(10_000, options.seed, epoch=-1))
+        z = make_noise(options.generate or 10_000, options.seed, epoch=-1)
+        if options.interpolate:
+            z = walk(z[:10], z[10:20])
+        digits = draw(gan.average, z)
     else:
         try:
             digits = torch.from_numpy(np.load(source, allow_pickle=False))
@@ -780,25 +703,30 @@ def evaluate(options: Namespace) -> None:
                 raise ValueError(f"it holds {digits.dtype} of shape {tuple(digits.shape)}")
         except Exception as error:  # whatever numpy finds wrong with it
             raise Failure(f"argument --evaluate: {source}: {error}", 2) from error
-    real = load_digits(options.data_dir, options.split)[0]
-    scorer = Scorer(device)
-    score = scorer(digits)
-    print(SCORE_LINE.format(*score.values()))
-    score |= {"floor": scorer.floor, "count": len(digits), "of": str(source)}
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "score.json", lambda file: file.write(json.dumps(score, indent=1).encode()))
-    write(folder / "nearest.png", grid(above_nearest(digits, real)).save, "PNG")
+    if options.generate:
+        write(folder / "generated.npy", np.save, digits.numpy())
+        write(folder / "generated.png", grid(digits[:100]).save, "PNG")
+    elif options.interpolate:
+        write(folder / "interpolation.png", grid(digits).save, "PNG")
+    else:
+        real, scorer = load_digits(options.data_dir, options.split)[0], Scorer(device)
+        score = scorer(digits)
+        print(SCORE_LINE.format(*score.values()))
+        score |= {"floor": scorer.floor, "count": len(digits), "of": str(source)}
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "score.json", lambda file: file.write(json.dumps(score, indent=1).encode()))
+        write(folder / "nearest.png", grid(above_nearest(digits, real)).save, "PNG")
+    print(f"saved to {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    on_stop_signals(stop if RANK == 0 else signal.SIG_DFL)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop if RANK == 0 else signal.SIG_DFL)
     try:
         with redirect_stdout(io.StringIO() if RANK > 0 else sys.stdout):
             options = parse_options(sys.argv[1:] if argv is None else argv)
-            drawing = options.generate or options.interpolate
-            command = generate if drawing else evaluate if options.evaluate else start
-            command(options)
+            (use if options.trained else start)(options)
         return 0
     except Failure as failure:
         code, message = failure.code, str(failure)
@@ -810,7 +738,7 @@ def main(argv: list[str] | None = None) -> int:
         code, message = 1, f"a process of this run has ended; --resume goes on ({str(error)[:200]})"
     except KeyboardInterrupt as stopped:
         code, message = 128 + stopped.args[0], "training had not begun"
-    on_stop_signals(signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends when a process ends
     if RANK == 0:
         kind = "stopped" if code > 128 else "error"
         print(f"dcgan_mnist.py: {kind}: {' '.join(message.split())}", file=sys.stderr)

@@ -72,7 +72,7 @@ def textbook_loop(device: torch.device) -> Loop:
 
 def program_loop(device: torch.device, precision: str) -> Loop:
     """Train as the program does; a step for each item."""
-    names = dcgan_mnist.SHAPING
+    names = dcgan_mnist.SETTINGS
     settings = {name: dcgan_mnist.FLAGS[name][0] for name in names} | {"precision": precision}
     step = dcgan_mnist.GraphedStep(dcgan_mnist.DCGAN(settings, device))
     digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0].to(device)
@@ -97,9 +97,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def medians(
-    loops: dict[str, Loop], counts: dict[str, int], rounds: int, device
-) -> dict[str, float]:
+def medians(loops: dict[str, Loop], counts: dict[str, int], rounds: int, device) -> dict[str, float]:
     """Return the median seconds an item of each loop takes, all loops taking turns."""
     seconds = {name: [] for name in loops}
     for name, loop in loops.items():
@@ -202,8 +200,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-u", program, "--output-dir", f"{folder}/a"]
         starts = [
-            measured_run(command, until=lambda line: line.startswith("(1/"))
-            for _ in range(1 if quick else 5)
+            measured_run(command, until=lambda line: line.startswith("(1/")) for _ in range(1 if quick else 5)
         ]
         print(f"from launch to the first step: {statistics.median(starts):.1f} s")
         imports = peak_memory("-c", "import torch, torchvision")

@@ -97,7 +97,7 @@ def run(
 
 def new_gan(**changes: object) -> dcgan_mnist.DCGAN:
     """Return untrained networks on the CPU, with the default settings but for the changes."""
-    settings = {name: dcgan_mnist.FLAGS[name][0] for name in dcgan_mnist.SHAPING}
+    settings = {name: dcgan_mnist.FLAGS[name][0] for name in dcgan_mnist.SETTINGS}
     settings |= {"precision": "fp32"} | changes
     return dcgan_mnist.DCGAN(settings, torch.device("cpu"))
 

@@ -30,9 +30,7 @@ def is_quick(number: str) -> bool:
         return True
 
 
-WORDS = st.one_of(
-    st.sampled_from(["test", "train", "cpu", "cuda", "auto", ""]), st.text(max_size=5)
-)
+WORDS = st.one_of(st.sampled_from(["test", "train", "cpu", "cuda", "auto", ""]), st.text(max_size=5))
 VALUES = {
     "--epochs": st.sampled_from(["1", "2", "0", "-1", "x", "1.5", "9" * 9, "", "nan"]),
     "--output-dir": st.sampled_from(["out", "new/out", "file", "file/out", "", ".", "/proc/x"]),

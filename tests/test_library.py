@@ -15,9 +15,7 @@ from dcgan_mnist import load_generator
 OPTIONS = ("--batch-size", 20)
 DEVICES = [
     "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-    ),
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")),
 ]
 
 
@@ -60,7 +58,7 @@ def test_no_generator_to_load_is_said(tmp_path: Path, best: bool):
 def test_the_three_lines_of_the_readme_work(tmp_path: Path):
     (tmp_path / "result").mkdir()
     options = dcgan_mnist.parse_options(["--precision", "fp32"])
-    settings = {name: getattr(options, name) for name in dcgan_mnist.SHAPING}
+    settings = {name: getattr(options, name) for name in dcgan_mnist.SETTINGS}
     gan = dcgan_mnist.DCGAN(settings, torch.device("cpu"))
     dcgan_mnist.save_checkpoint(gan, tmp_path / "result" / "checkpoint.pt")
     readme = (ROOT / "README.md").read_text()

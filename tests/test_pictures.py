@@ -7,7 +7,7 @@ from conftest import new_gan, write_split
 from PIL import Image
 
 import dcgan_mnist
-from dcgan_mnist import draw, grid, write_history, write_pictures
+from dcgan_mnist import draw, grid, write_results
 
 FILES = {
     "real_samples.png",
@@ -142,10 +142,10 @@ def test_timeline_and_animation_show_at_most_ten_epochs_and_the_real_digits_last
     tmp_path: Path, epochs: int, shown: int
 ):
     gan = new_gan()
-    gan.epoch = epochs
+    gan.epoch, gan.history = epochs, torch.zeros(epochs, 9)
     gan.samples = torch.arange(1, epochs + 1).byte().view(-1, 1, 1, 1).expand(-1, 50, 28, 28)
     real = torch.full((50, 28, 28), 255, dtype=torch.uint8)
-    write_pictures(gan, real, tmp_path)
+    write_results(gan, real, tmp_path)
 
     stage = GRID_SIZE[1] + 32
     with Image.open(tmp_path / "timeline.png") as timeline:
@@ -175,8 +175,9 @@ def test_curves_of_a_long_run_are_drawn_from_means(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", spy)
     gan = new_gan()
-    gan.epoch, gan.history = 2, torch.arange(1000.0).view(-1, 1).expand(-1, 9)
-    write_history(gan, tmp_path)
+    gan.epoch, gan.samples = 2, torch.zeros(2, 50, 28, 28).byte()
+    gan.history = torch.arange(1000.0).view(-1, 1).expand(-1, 9)
+    write_results(gan, gan.samples[0], tmp_path)
     x, y = drawn[0]
     assert len(x) == len(y) == 334
     assert y[0].tolist() == [1.0, 1.0]

@@ -87,22 +87,31 @@ def test_two_processes_go_on_with_the_run_of_one(run):
     assert torch.load("result/checkpoint.pt", weights_only=True)["epoch"] == 2
 
 
-def test_only_the_first_process_prints_and_writes(run, monkeypatch):
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process take itself for the second of two; the first one is not there."""
     monkeypatch.setattr(dcgan_mnist, "RANK", 1)
+    monkeypatch.setattr(dcgan_mnist, "PROCESSES", 2)
+    for name in ("init_process_group", "destroy_process_group", "all_reduce"):
+        monkeypatch.setattr(dcgan_mnist.dist, name, lambda *_: None)
+    digits = torch.zeros(60, 28, 28, dtype=torch.uint8)
+    monkeypatch.setattr(dcgan_mnist.dist, "broadcast_object_list", lambda data: data.__setitem__(0, digits))
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_only_the_first_process_prints_and_writes(run):
     for argv, code in ((["--dry-run", *OPTIONS], 0), (["--epochs", "none"], 2)):
         outcome = run(*argv)
         assert (outcome.code, outcome.out, outcome.err) == (code, "", "")
     assert contents(Path()) == {}
 
 
+@pytest.mark.usefixtures("second_of_two")
 @pytest.mark.parametrize(("digits", "size"), [(60, 15), (61, 20)])
-def test_a_batch_that_cannot_be_shared_is_refused(
-    run, tmp_path, monkeypatch, digits: int, size: int
-):
+def test_a_batch_that_cannot_be_shared_is_refused(run, tmp_path, monkeypatch, digits: int, size: int):
     write_split(tmp_path / "data", digits)
-    monkeypatch.setattr(dcgan_mnist, "PROCESSES", 2)
-    monkeypatch.setattr(dcgan_mnist.dist, "init_process_group", lambda _: None)
-    monkeypatch.setattr(dcgan_mnist.dist, "barrier", lambda: None)
+    monkeypatch.setattr(dcgan_mnist, "RANK", 0)
+    monkeypatch.setattr(dcgan_mnist.dist, "broadcast_object_list", lambda _: None)
     outcome = run("--batch-size", size, "--epochs", 1)
     assert outcome.is_one_line(2, "--batch-size", "2 processes")
     assert not Path("result").exists()

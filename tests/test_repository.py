@@ -47,9 +47,7 @@ def test_readme_lists_every_flag_with_its_default():
         if name == "data-dir":
             assert default.name in shown
         else:
-            assert shown.strip("`") == (
-                str(default) if default else "0" if name == "seed" else "off"
-            )
+            assert shown.strip("`") == (str(default) if default else "0" if name == "seed" else "off")
 
 
 def test_readme_lists_every_file_a_run_writes():

@@ -330,9 +330,7 @@ def test_nearest_digits_are_found_among_the_real_ones(real):
     noise = 20 * torch.randn(25, 28, 28, generator=stream)
     generated = (digits[100:125] + noise).clamp(0, 255).byte()
     rows = dcgan_mnist.above_nearest(generated, digits)
-    assert torch.equal(
-        rows, torch.cat([generated[:10], digits[100:110], generated[10:20], digits[110:120]])
-    )
+    assert torch.equal(rows, torch.cat([generated[:10], digits[100:110], generated[10:20], digits[110:120]]))
     few = dcgan_mnist.above_nearest(generated[:3], digits)
     assert torch.equal(few[10:20], digits[100:103].repeat(4, 1, 1)[:10])
 
@@ -345,9 +343,7 @@ def test_the_article_is_the_default_recipe_to_the_letter():
 
 
 def test_a_recipe_sets_defaults_that_flags_can_change():
-    article, tuned = (
-        vars(dcgan_mnist.parse_options(["--recipe", r])) for r in ("article", "tuned")
-    )
+    article, tuned = (vars(dcgan_mnist.parse_options(["--recipe", r])) for r in ("article", "tuned"))
     changed = {name for name in article if article[name] != tuned[name]} - {"recipe", "argv"}
     assert changed == set(dcgan_mnist.RECIPES["tuned"]) != set()
     options = dcgan_mnist.parse_options(["--lr", "0.1", "--recipe", "tuned"])

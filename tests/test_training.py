@@ -227,10 +227,7 @@ def test_the_log_and_the_history_give_the_same_figures(run):
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run):
     for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
         run("--epochs", 2, "--batch-size", 20, "--seed", seed, "--output-dir", folder)
-    a, b, c = (
-        {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-        for folder in "abc"
-    )
+    a, b, c = ({path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())} for folder in "abc")
     assert a == b
     assert all(a[name] != c[name] for name in a)
 
