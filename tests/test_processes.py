@@ -100,10 +100,12 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("second_of_two")
 def test_only_the_first_process_prints_and_writes(run):
+    Path("result").mkdir()
+    Path("result/timeline.png").write_bytes(b"of the first process")
     for argv, code in ((["--dry-run", *OPTIONS], 0), (["--epochs", "none"], 2)):
         outcome = run(*argv)
         assert (outcome.code, outcome.out, outcome.err) == (code, "", "")
-    assert contents(Path()) == {}
+    assert contents(Path()) == {"result/timeline.png": b"of the first process"}
 
 
 @pytest.mark.usefixtures("second_of_two")
