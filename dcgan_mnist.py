@@ -365,10 +365,10 @@ def write_results(gan: DCGAN, real: Tensor, folder: Path) -> None:
     points = torch.stack([part.mean(0) for part in table.split(group)])
     figure = Figure(figsize=(10, 10), layout="constrained")
     panels = figure.subplots(3, sharex=True)
-    axes = ("loss (binary cross-entropy)", "Frechet distance to real digits", "mean output")
-    for panel, axis, columns in zip(panels, axes, ([2, 3], [7], [4, 5, 6]), strict=True):
+    axes = ("cross-entropy", "linear"), ("Frechet distance to real digits", "log"), ("mean output", "linear")
+    for panel, (axis, scale), columns in zip(panels, axes, ([2, 3], [7], [4, 5, 6]), strict=True):
         panel.plot(rows[::group] + 1, points[:, columns], label=[names[c] for c in columns])
-        panel.set(ylabel=axis, ylim=(0, None))
+        panel.set(ylabel=axis, yscale=scale)
         panel.grid(alpha=0.3)
         panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set(xlabel=f"step (mean of {group})", ylim=(0, 1))
