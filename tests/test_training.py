@@ -284,7 +284,8 @@ def take_steps(step: dcgan_mnist.GraphedStep) -> list[torch.Tensor]:
     figures = []
     for i, size in enumerate(SIZES):
         real, z = batch(size)
-        figures.append(step(real * (i + 1) / len(SIZES), z).clone())
+        share = (i + 1) / len(SIZES)
+        figures.append(step(real * share, z * share).clone())
     return figures + parameters(step.gan.generator) + parameters(step.gan.discriminator)
 
 
