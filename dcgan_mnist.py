@@ -330,7 +330,7 @@ def end_epoch(gan: DCGAN, stats: Tensor, scorer: Callable | None) -> None:
 def draw(generator: nn.Module, z: Tensor) -> Tensor:
     """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black."""
     device = next(generator.parameters()).device
-    parts = [generator(part.to(device)).squeeze(1) for part in z.split(500)]  # in [-1, 1]
+    parts = [generator(part.to(device)).squeeze(1) for part in z.split(100)]  # in [-1, 1]
     return torch.cat([((part + 1) * 127.5).round().byte().cpu() for part in parts])
 
 

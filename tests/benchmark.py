@@ -1,6 +1,6 @@
 """How fast the program is, beside a textbook loop and the machine's own arithmetic, in one table.
 
-    python tests/benchmark.py            about four minutes on two cores
+    python tests/benchmark.py            about two minutes on two cores
     python tests/benchmark.py --quick    under a minute
 
 All variants take turns in one process, so that a change of the machine's speed meets all of them;

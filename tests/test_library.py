@@ -62,10 +62,10 @@ def test_the_three_lines_of_the_readme_work(tmp_path: Path):
     gan = dcgan_mnist.DCGAN(settings, torch.device("cpu"))
     dcgan_mnist.save_checkpoint(gan, tmp_path / "result" / "checkpoint.pt")
     readme = (ROOT / "README.md").read_text()
-    lines = readme[readme.index("    from dcgan_mnist import load_generator") :].split("\n\n")[0]
+    lines = readme[readme.index("    import torch\n    from dcgan_mnist") :].split("\n\n")[0]
     code = "\n".join(line[4:] for line in lines.splitlines())
     subprocess.run(
-        [sys.executable, "-c", f"import torch\n{code}\nassert images.shape == (16, 1, 28, 28)"],
+        [sys.executable, "-c", f"{code}\nassert images.shape == (16, 1, 28, 28)"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=True,

@@ -33,6 +33,7 @@ def test_the_repository_keeps_an_example_run_and_ignores_the_users():
         "result/example/timeline.png",
         "result/example/training.gif",
         "result/example/loss_curve.png",
+        "result/example/recipes.png",
     }
     ignored = ["git", "-C", str(ROOT), "check-ignore", "-q"]
     assert subprocess.run([*ignored, "result/checkpoint.pt"], check=False).returncode == 0
