@@ -142,7 +142,7 @@ def test_timeline_and_animation_show_at_most_ten_epochs_and_the_real_digits_last
     tmp_path: Path, epochs: int, shown: int
 ):
     gan = new_gan()
-    gan.epoch, gan.history = epochs, torch.zeros(epochs, 9)
+    gan.epoch, gan.history = epochs, torch.ones(epochs, 9)
     gan.samples = torch.arange(1, epochs + 1).byte().view(-1, 1, 1, 1).expand(-1, 50, 28, 28)
     real = torch.full((50, 28, 28), 255, dtype=torch.uint8)
     write_results(gan, real, tmp_path)

@@ -172,7 +172,7 @@ def test_20_kills_at_random_moments_lose_nothing(forks, tmp_path: Path):
     while kills < KILLS:
         folder = tmp_path / f"run {runs}"
         process = start(folder)
-        process.join(chance.uniform(0, 1))
+        process.join(chance.uniform(0, 0.8))
         process.kill()
         process.join()
         if process.exitcode == 0:
