@@ -37,7 +37,9 @@ VALUES = {
     "--data-dir": st.sampled_from(["data", "data/.", "./data"]),
     "--split": st.one_of(st.just("test"), st.text(max_size=5)),
     "--device": st.one_of(st.just("cpu"), st.sampled_from(["cuda", "mps", "gpu", "", "cuda:9"])),
-    **dict.fromkeys(["--batch-size", "--lr", "--beta1", "--ema", "--seed", "--log-every"], NUMBERS),
+    **dict.fromkeys(
+        ["--batch-size", "--lr", "--beta1", "--beta2", "--ema", "--seed", "--log-every"], NUMBERS
+    ),
     "--generate": NUMBERS.filter(is_quick),
     "--evaluate": st.sampled_from(["file", "data", "none.npy", "\0"]),
     "--recipe": st.sampled_from(["article", "tuned", "x", ""]),
@@ -45,7 +47,16 @@ VALUES = {
 }
 FLAG = st.sampled_from(sorted(VALUES)).flatmap(lambda name: st.tuples(st.just(name), VALUES[name]))
 BARE = st.sampled_from(
-    [("--resume",), ("--dry-run",), ("--best",), ("--evaluate",), ("--epochs",), ("stray",), ("-",)]
+    [
+        ("--resume",),
+        ("--dry-run",),
+        ("--best",),
+        ("--evaluate",),
+        ("--interpolate",),
+        ("--epochs",),
+        ("stray",),
+        ("-",),
+    ]
 )
 LINES = st.lists(st.one_of(FLAG, FLAG, FLAG, FLAG, BARE), max_size=4)
 
@@ -70,7 +81,7 @@ def test_any_command_line_succeeds_or_ends_with_one_line(line, capsys, monkeypat
     try:
         code = dcgan_mnist.main(argv)
         err = capsys.readouterr().err
-        no_checkpoint = code == 1 and "checkpoint.pt; train first" in err
+        no_checkpoint = code == 1 and "; train first, or name" in err
         assert code in (0, 2) or no_checkpoint, (argv, err)
         assert err == "" if code == 0 else err.count("\n") == 1, (argv, err)
         assert code == 0 or err.startswith("dcgan_mnist.py: error: ")
