@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
-SAMPLES, SCORED, SCORER_EPOCHS = 50, 2000, 10  # digits in an epoch's picture and score; of its scorer
+SAMPLES, SCORED, SCORER_EPOCHS = 50, 2000, 10  # digits in a picture and in a score; epochs of the scorer
 STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
 LOG_LINE = "({}/{}) ds_loss: {:.3f} - gn_loss: {:.3f} - true_out: {:.3f} - fake_out: {:.3f}>>{:.3f}"
 SCORES = ("fd", "digits", "evenness", "confident")
