@@ -620,13 +620,13 @@ def parse_options(argv: list[str], settings: dict | None = None) -> Namespace:
     for name, (_, allowed, _) in FLAGS.items():
         value = getattr(options, name)
         if isinstance(value, (int, float)) and allowed and not allowed[0] <= value <= allowed[1]:
-            error(
-                f"argument --{name.replace('_', '-')}: from {allowed[0]} to {allowed[1]}, please, not {value}"
-            )
+            flag = name.replace("_", "-")
+            error(f"argument --{flag}: from {allowed[0]} to {allowed[1]}, please, not {value}")
     options.trained = options.generate or options.interpolate or options.evaluate
     if (options.best and not options.trained) or (options.dry_run and options.trained):
         error("--best goes with --generate, --interpolate or --evaluate, --dry-run with none")
-    options.epochs = 2 if options.dry_run else options.epochs
+    if options.dry_run:
+        options.epochs = 2
     return options
 
 
