@@ -2,7 +2,7 @@
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +93,22 @@ def run(
         return Outcome(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def fake_scores(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that has the next epochs scored with given distances and digits."""
+
+    def fake(distances: list[float], digits: list[int]) -> None:
+        scores: Iterator[tuple[float, int]] = iter(zip(distances, digits, strict=True))
+
+        def score(_: torch.Tensor) -> dict[str, float]:
+            fd, count = next(scores)
+            return {"fd": fd, "digits": count, "evenness": 0.9, "confident": 0.5}
+
+        monkeypatch.setattr(dcgan_mnist, "Scorer", lambda _: score)
+
+    return fake
 
 
 def new_gan(**changes: object) -> dcgan_mnist.DCGAN:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, new_gan
 
 import dcgan_mnist
 from dcgan_mnist import load_generator
@@ -34,13 +34,8 @@ def test_a_trained_generator_is_there_in_three_lines(run, device: str):
     assert torch.allclose(g(z[:1]), images[:1], atol=1e-5)
 
 
-def test_the_last_or_the_best_epochs_generator_can_be_had(run, monkeypatch):
-    fd = iter([10.0, 20.0])
-    monkeypatch.setattr(
-        dcgan_mnist,
-        "Scorer",
-        lambda _: lambda _: dict.fromkeys(dcgan_mnist.SCORES, 10.0) | {"fd": next(fd)},
-    )
+def test_the_last_or_the_best_epochs_generator_can_be_had(run, fake_scores):
+    fake_scores([10.0, 20.0], [10, 10])
     run(*OPTIONS, "--epochs", 2, "--lr", 0.01, scored=True)
     run(*OPTIONS, "--epochs", 1, "--lr", 0.01, "--output-dir", "one")
     best, last = load_generator(Path("result"), best=True), load_generator("result")
@@ -57,10 +52,7 @@ def test_no_generator_to_load_is_said(tmp_path: Path, best: bool):
 
 def test_the_three_lines_of_the_readme_work(tmp_path: Path):
     (tmp_path / "result").mkdir()
-    options = dcgan_mnist.parse_options(["--precision", "fp32"])
-    settings = {name: getattr(options, name) for name in dcgan_mnist.SETTINGS}
-    gan = dcgan_mnist.DCGAN(settings, torch.device("cpu"))
-    dcgan_mnist.save_checkpoint(gan, tmp_path / "result" / "checkpoint.pt")
+    dcgan_mnist.save_checkpoint(new_gan(), tmp_path / "result" / "checkpoint.pt")
     readme = (ROOT / "README.md").read_text()
     lines = readme[readme.index("    import torch\n    from dcgan_mnist") :].split("\n\n")[0]
     code = "\n".join(line[4:] for line in lines.splitlines())

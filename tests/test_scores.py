@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from conftest import ROOT, contents, new_gan
 from test_pictures import FILES
 from test_resume import assert_same_run
+from test_training import parameters
 
 import dcgan_mnist
 from dcgan_mnist import Scorer, draw, frechet_distance, load_digits, make_noise
@@ -178,22 +178,6 @@ def test_without_scores_none_is_trained_printed_or_kept(run, monkeypatch):
     table = np.genfromtxt("result/history.csv", delimiter=",", names=True)
     assert np.isnan(table["fd"]).all()
     assert not Path("result/generator_best.pt").exists()
-
-
-@pytest.fixture
-def fake_scores(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that has the next epochs scored with given distances and digits."""
-
-    def fake(distances: list[float], digits: list[int]) -> None:
-        scores: Iterator[tuple[float, int]] = iter(zip(distances, digits, strict=True))
-
-        def score(_: torch.Tensor) -> dict[str, float]:
-            fd, count = next(scores)
-            return {"fd": fd, "digits": count, "evenness": 0.9, "confident": 0.5}
-
-        monkeypatch.setattr(dcgan_mnist, "Scorer", lambda _: score)
-
-    return fake
 
 
 def test_the_generator_of_the_best_epoch_is_kept_and_named(run, fake_scores):
@@ -367,12 +351,12 @@ def test_a_recipe_is_kept_by_a_resumed_run(run):
 def steps_of(gan: dcgan_mnist.DCGAN, count: int) -> list[list[torch.Tensor]]:
     """Take training steps; return the generator's weights before the first and after each."""
     stream = torch.Generator().manual_seed(0)
-    weights = [[p.detach().clone() for p in gan.generator.parameters()]]
+    weights = [parameters(gan.generator)]
     for _ in range(count):
         real = torch.rand(10, 1, 28, 28, generator=stream) * 2 - 1
         z = torch.randn(10, dcgan_mnist.LATENT_DIM, 1, 1, generator=stream)
         dcgan_mnist.training_step(gan, real, z)
-        weights.append([p.detach().clone() for p in gan.generator.parameters()])
+        weights.append(parameters(gan.generator))
     return weights
 
 
