@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, contents, new_gan, write_split
 from test_pictures import FILES
+from test_training import batch
 
 import dcgan_mnist
 
@@ -69,8 +70,14 @@ def test_a_killed_process_ends_the_job_and_resume_goes_on(run):
         for line in process.stdout:
             if "Epoch 3/" in line:
                 break
+        process.send_signal(signal.SIGSTOP)  # or torchrun may stop the other one before it notices
         os.kill(int(Path("pid_1").read_text()), signal.SIGKILL)
+        seen = ""
+        while "dcgan_mnist.py: " not in seen:
+            seen += process.stderr.readline()
+        process.send_signal(signal.SIGCONT)
         _, err = process.communicate(timeout=30)
+    err = seen + err
     assert process.returncode != 0
     assert err.count("dcgan_mnist.py: ") == 1
     assert "dcgan_mnist.py: error: a process of this run has ended; --resume goes on" in err
@@ -123,9 +130,7 @@ def test_gradients_and_figures_are_means_over_the_processes(small_networks, monk
     gan.optimizer_d.register_step_pre_hook(
         lambda *_: seen.extend(p.grad.clone() for p in gan.discriminator.parameters())
     )
-    stream = torch.Generator().manual_seed(0)
-    real = torch.rand(6, 1, 28, 28, generator=stream)
-    z = torch.randn(6, dcgan_mnist.LATENT_DIM, 1, 1, generator=stream)
+    real, z = batch(6)
     stats = step(real, z)
 
     twin = new_gan()
