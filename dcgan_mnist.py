@@ -7,29 +7,40 @@
 
     python dcgan_mnist.py --epochs 10       train on the 10,000 bundled digits, offline
     python dcgan_mnist.py --dry-run         train for six steps, to check an installation
+    python dcgan_mnist.py --resume          go on with the run in the folder "result"
     python dcgan_mnist.py --generate 1000   draw digits with the trained generator
 
-The discriminator learns to tell real digits from generated ones; the generator learns to turn
-noise into digits that the discriminator takes for real. After Radford, Metz and Chintala (2016),
-"Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks",
-arXiv:1511.06434. README.md says what is written, and when.
+The generator turns noise z, 100 random numbers for each digit, into images. The discriminator
+learns to tell real digits from generated ones; the generator learns to draw digits that the
+discriminator takes for real. After Radford, Metz and Chintala (2016), "Unsupervised Representation
+Learning with Deep Convolutional Generative Adversarial Networks", arXiv:1511.06434.
+
+Read the file from top to bottom. The algorithm comes first: networks, settings, data, one training
+step, training. What makes it a tool follows: faster, pictures, scores, files, commands, command
+line. README.md says which files are written, and when.
 """
 
 import copy
+import dataclasses
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
+import threading
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+import zipfile
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -42,13 +53,26 @@ from tqdm import tqdm
 
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
-SAMPLES, SCORED, SCORER_EPOCHS = 50, 2000, 10  # digits in a picture and in a score; epochs of the scorer
-STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
-LOG_LINE = "({}/{}) ds_loss: {:.3f} - gn_loss: {:.3f} - true_out: {:.3f} - fake_out: {:.3f}>>{:.3f}"
-SCORES = ("fd", "digits", "evenness", "confident")
-SCORE_LINE = "score: FD {:.1f} - digits {}/10 - evenness {:.2f} - confident {:.2f}"
-RANK = int(os.environ.get("RANK", "0"))  # among torchrun's processes; 0 alone prints and writes
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+SAMPLES = 50  # digits in the picture of an epoch: five rows of ten
+SCORED = 2000  # digits drawn for the score of an epoch: enough for a distance within a few percent
+PROGRAM = "dcgan_mnist.py"
+BUNDLED = Path(__file__).resolve().parent / "MNIST"  # the data folder beside this file
+
+
+class Failure(Exception):  # noqa: N818 (the world is no fault of the program)
+    """Something that the world got wrong, such as a full disk. The message is for the user."""
+
+
+class WrongInput(Failure):
+    """Something that the user got wrong, such as a flag."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The user or the system wants the program to end; the message says how to go on."""
+
+    def __init__(self, signum: int, message: str = "to begin again, run the same command") -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
 # =========================================== networks ===========================================
@@ -109,12 +133,36 @@ def weights_init(m: nn.Module) -> None:
             nn.init.zeros_(m.bias)
 
 
+# =========================================== settings ===========================================
+@dataclass(frozen=True)
+class Settings:
+    """What shapes a run: the same settings and digits give the same run on the same machine."""
+
+    recipe: str = "article"  # which of the RECIPES the other defaults come from
+    batch_size: int = 50  # digits in a training step
+    lr: float = 0.0002  # learning rate of both networks; the paper's
+    beta1: float = 0.5  # Adam's decay of the mean gradient; the paper found 0.9 to oscillate
+    beta2: float = 0.999  # Adam's decay of the mean squared gradient
+    ema: float = 0.99  # decay of the averaged weights that draw; 0 turns the average off
+    seed: int = 0  # where all random numbers start
+    split: str = "test"  # MNIST's "test" split has 10,000 digits, its "train" split 60,000
+    precision: str = "fp32"  # of the layers' arithmetic, or "bf16"; weights are always in fp32
+    dry_run: bool = False  # only three steps an epoch
+
+
+RECIPES = {  # defaults that differ from those above
+    "article": {},
+    "tuned": {"lr": 0.002, "beta2": 0.99},  # better digits in the same time
+}
+
+
 # ============================================= data =============================================
 def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     """Read or download a split: digits (n, 28, 28) of uint8, labels (n,). Raises Failure."""
     from torchvision.datasets import MNIST  # here and not above, for it takes a while
 
-    prefix, raw = {"train": "train", "test": "t10k"}[split], data_dir / "MNIST" / "raw"
+    prefix = {"train": "train", "test": "t10k"}[split]
+    raw = data_dir / "MNIST" / "raw"
 
     class OneSplit(MNIST):  # which wants the files of both splits, this one only those it reads
         resources = [r for r in MNIST.resources if r[0].startswith(prefix)]  # noqa: RUF012
@@ -127,7 +175,14 @@ def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
         return data.data, data.targets
     except Exception as error:  # whatever the network or the bytes of a damaged file can cause
         names = f"{prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte"
-        raise Failure(f"{names} are missing or damaged ({error}); place sound ones in {raw}") from error
+        raise Failure(
+            f"{names} are missing or damaged ({error}); place sound ones in {raw}"
+        ) from error
+
+
+def sha256_of(digits: Tensor) -> str:
+    """Return the check sum that tells digits (n, 28, 28) of uint8 from others, in hexadecimal."""
+    return hashlib.sha256(digits.cpu().contiguous().numpy()).hexdigest()
 
 
 def to_images(digits: Tensor) -> Tensor:
@@ -135,40 +190,96 @@ def to_images(digits: Tensor) -> Tensor:
     return digits.unsqueeze(1).float() / 127.5 - 1
 
 
-def random_stream(seed: int, epoch: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Return the random numbers of an epoch; 0: before the first, below 0: of drawing."""
-    return torch.Generator(device).manual_seed(seed * 2**20 + epoch)
+# Every use of random numbers has a stream of its own, so that none depends on what came before it.
+# Epoch 1, 2, ... has the stream of its number, for the order of the digits and for the noise.
+FIXED_NOISE = 0  # the noise of the pictures, the same after every epoch
+DRAWING = -1  # the noise of scores and of --generate
+NORM_STATISTICS = -2  # the noise from which the averaged generator takes BatchNorm's statistics
 
 
-def make_noise(count: int, seed: int, epoch: int) -> Tensor:
-    """Draw noise (count, latent_dim, 1, 1) on the CPU, so that it is the same on any device."""
-    return torch.randn(count, LATENT_DIM, 1, 1, generator=random_stream(seed, epoch))
+def random_stream(seed: int, stream: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """Return the random numbers of an epoch or of another use named above, from their start."""
+    return torch.Generator(device).manual_seed(seed * 2**20 + stream)
+
+
+def make_noise(count: int, seed: int, stream: int) -> Tensor:
+    """Draw noise (count, latent_dim, 1, 1) on the CPU, so that it is the same for any device."""
+    return torch.randn(count, LATENT_DIM, 1, 1, generator=random_stream(seed, stream))
+
+
+def shuffled(digits: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return the order (n,) in which an epoch sees digits (n, 28, 28), on their device."""
+    order = torch.randperm(len(digits), generator=random_stream(seed, epoch))
+    return order.to(digits.device)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch's default random numbers on the CPU start at a seed, for a while."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
+        yield
 
 
 # ====================================== one training step =======================================
 class DCGAN:
-    """Both networks and optimisers, and how far their training has come: all of a checkpoint."""
+    """Both networks and their optimisers, and the averaged generator, which draws all digits."""
 
-    def __init__(self, settings: dict, device: torch.device) -> None:
-        place = {"device": device, "memory_format": torch.channels_last}  # the fastest layout
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings["seed"])
-            self.generator = Generator(LATENT_DIM, WIDTH).apply(weights_init).to(**place)
-            self.discriminator = Discriminator(WIDTH).apply(weights_init).to(**place)
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        with seeded(settings.seed):
+            self.generator = Generator(LATENT_DIM, WIDTH).apply(weights_init)
+            self.discriminator = Discriminator(WIDTH).apply(weights_init)
+        for network in (self.generator, self.discriminator):
+            network.to(device=device, memory_format=torch.channels_last)  # the fastest layout
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        if settings["precision"] == "bf16":  # weights, losses and optimisers stay in fp32
-            mixed = torch.autocast(device.type, torch.bfloat16)
-            self.generator.forward = mixed(self.generator.forward)
-            self.average.forward = mixed(self.average.forward)
-            self.discriminator.logits = mixed(self.discriminator.logits)
-        adam = {"betas": (settings["beta1"], settings["beta2"]), "fused": True, "capturable": True}
-        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), settings["lr"], **adam)
-        self.optimizer_d = torch.optim.Adam(self.discriminator.parameters(), settings["lr"], **adam)
-        self.settings, self.epoch = settings, 0  # epochs done
-        self.fixed_noise = make_noise(SAMPLES, settings["seed"], epoch=0)
-        self.samples = torch.empty(0, SAMPLES, 28, 28).byte()  # drawn from it after each epoch
-        self.history = torch.empty(0, len(STATS + SCORES))  # a row for each step
-        self.best_fd, self.best_epoch = math.inf, 0
+        betas = (settings.beta1, settings.beta2)
+        adam = functools.partial(
+            torch.optim.Adam, lr=settings.lr, betas=betas, fused=True, capturable=True
+        )
+        self.optimizer_g = adam(self.generator.parameters())
+        self.optimizer_d = adam(self.discriminator.parameters())
+        self.settings = settings
+        self.device = device
+        self.epoch = 0  # epochs done
+
+    def autocast(self) -> torch.autocast:
+        """Return a context in which one call of a network computes in the run's precision."""
+        return autocast(self.device, self.settings.precision)
+
+    def fit_norm_statistics(self) -> None:
+        """Give the averaged generator's BatchNorm layers the statistics of its own weights."""
+        z = make_noise(1000, self.settings.seed, NORM_STATISTICS)
+        with self.autocast():
+            update_bn(z.split(100), self.average, self.device)
+
+    def parts(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """Return all that training changes, by the names under which a checkpoint keeps it."""
+        return {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "average": self.average,
+            "optimizer_g": self.optimizer_g,
+            "optimizer_d": self.optimizer_d,
+        }
+
+    def restore(self, checkpoint: dict) -> None:
+        """Go back to where a checkpoint was made."""
+        for name, part in self.parts().items():
+            part.load_state_dict(checkpoint[name])
+        self.epoch = checkpoint["epoch"]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return a context in which layers compute in a precision; it must hold one network call."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# The figures of a step, in the order in which training_step returns them, and their log line.
+STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
+LOG_LINE = (
+    "({step}/{steps}) ds_loss: {ds_loss:.3f} - gn_loss: {gn_loss:.3f} - true_out: {true_out:.3f}"
+    " - fake_out: {fake_out_before:.3f}>>{fake_out_after:.3f}"
+)
 
 
 def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
@@ -176,167 +287,265 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
 
     Algorithm 1 of Goodfellow et al. (2014), arXiv:1406.2661, with its non-saturating loss.
     """
-    generator, discriminator = gan.generator, gan.discriminator
-    bce, ones, zeros = nn.BCEWithLogitsLoss(), real.new_ones(len(real)), real.new_zeros(len(real))
-    fake = generator(z)  # (n, 1, 28, 28) in [-1, 1]
+    bce = nn.BCEWithLogitsLoss()
+    ones = real.new_ones(len(real))
+    zeros = real.new_zeros(len(real))
+    with gan.autocast():
+        fake = gan.generator(z)  # (n, 1, 28, 28) in [-1, 1]
 
     # (1) The discriminator: maximise log D(x) + log(1 - D(G(z))).
-    discriminator.requires_grad_(True)
+    gan.discriminator.requires_grad_(True)
     gan.optimizer_d.zero_grad()
-    on_real = discriminator.logits(real)  # (n,)
-    on_fake = discriminator.logits(fake.detach())  # detached: no gradient for the generator
+    with gan.autocast():
+        on_real = gan.discriminator.logits(real)  # (n,)
+    with gan.autocast():
+        on_fake = gan.discriminator.logits(fake.detach())  # no gradient for the generator
     ds_loss = bce(on_real, ones) + bce(on_fake, zeros)
     ds_loss.backward()
     gan.optimizer_d.step()
 
     # (2) The generator: maximise log D(G(z)) against the updated discriminator, frozen so that
     # the gradient passes through it but none is computed for its weights.
-    discriminator.requires_grad_(False)
+    gan.discriminator.requires_grad_(False)
     gan.optimizer_g.zero_grad()
-    on_fake_after = discriminator.logits(fake)  # (n,)
+    with gan.autocast():
+        on_fake_after = gan.discriminator.logits(fake)  # (n,)
     gn_loss = bce(on_fake_after, ones)
     gn_loss.backward()
     gan.optimizer_g.step()
-    update_average = get_ema_multi_avg_fn(gan.settings["ema"])  # which draws the better digits
-    update_average(list(gan.average.parameters()), list(generator.parameters()), None)
+
+    update_average = get_ema_multi_avg_fn(gan.settings.ema)
+    update_average(list(gan.average.parameters()), list(gan.generator.parameters()), None)
     outputs = [logits.sigmoid().mean() for logits in (on_real, on_fake, on_fake_after)]
     return torch.stack([ds_loss, gn_loss, *outputs]).detach()
 
 
+@torch.no_grad()
+def draw(generator: nn.Module, z: Tensor, precision: str = "fp32") -> Tensor:
+    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black."""
+    device = next(generator.parameters()).device
+    digits = []
+    for part in z.split(100):  # a few at a time, for little memory
+        with autocast(device, precision):
+            images = generator(part.to(device)).squeeze(1)  # in [-1, 1]
+        digits.append(((images + 1) * 127.5).round().byte().cpu())
+    return torch.cat(digits)
+
+
+# =========================================== training ===========================================
+Step = Callable[[Tensor, Tensor], Tensor]  # training_step for one DCGAN: (real, z) -> STATS
+
+
+def train_epochs(
+    gan: DCGAN, step: Step, digits: Tensor, epochs: int, log_every: int
+) -> Iterator[Tensor]:
+    """Train until ``epochs`` are done; after each, yield the STATS of its steps (steps, 5).
+
+    All of ``gan`` is up to date then, so that it can be scored, saved and drawn with. Raises
+    Failure if training diverges.
+    """
+    while gan.epoch < epochs:
+        title = f"Epoch {gan.epoch + 1}/{epochs}"
+        print(title)
+        stats = train_epoch(gan, step, digits, title, log_every)
+        gan.epoch += 1
+        gan.fit_norm_statistics()
+        yield stats
+
+
+def train_epoch(gan: DCGAN, step: Step, digits: Tensor, title: str, log_every: int) -> Tensor:
+    """Train on every digit once, in a new order; return the STATS of each step (steps, 5)."""
+    seed = gan.settings.seed
+    epoch = gan.epoch + 1
+    batches = shuffled(digits, seed, epoch).split(gan.settings.batch_size)
+    if gan.settings.dry_run:
+        batches = batches[:3]
+    noise = random_stream(seed, epoch, gan.device)
+    stats = torch.zeros(len(batches), len(STATS), device=gan.device)
+    # disable=None: no progress bar where the output is no terminal
+    with tqdm(batches, title, unit="step", leave=False, disable=None) as progress:
+        for i, index in enumerate(progress):
+            z = torch.randn(len(index), LATENT_DIM, 1, 1, generator=noise, device=gan.device)
+            stats[i] = step(to_images(digits[index]), z)
+            logged = i % log_every == 0
+            if logged or i + 1 == len(batches):  # only here the CPU waits for a GPU
+                check_finite(gan, stats[: i + 1], title)
+            if logged:
+                figures = dict(zip(STATS, stats[i].tolist(), strict=True))
+                tqdm.write(LOG_LINE.format(step=i + 1, steps=len(batches), **figures))
+    return stats
+
+
+def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
+    """Raise Failure if a figure of the steps so far, (steps, 5), or a weight is not finite."""
+    finite = stats.isfinite().all(dim=1)
+    weights = [*gan.generator.parameters(), *gan.discriminator.parameters()]
+    finite[-1] &= nn.utils.get_total_norm(weights).isfinite()
+    if not finite.all():
+        step = finite.tolist().index(False) + 1
+        raise Failure(f"training diverged at step {step} of {title}; lower --lr")
+
+
+# ============================================ faster ============================================
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """Return the device to compute on. Raises WrongInput if it is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device in there if there[device])  # the fastest
+    if not there[name]:
+        raise WrongInput(f"argument --device: this machine has no {name}; cpu always works")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether a device computes in bf16 as fast as in fp32 or faster."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return False
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Compute the same every time; on a GPU, on a stream on which graphs can be recorded."""
+    deterministic = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        if device.type == "cuda":
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+                yield
+        else:
+            yield
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+
+
 class GraphedStep:
-    """training_step, on a GPU replayed from a CUDA graph: one launch instead of hundreds."""
+    """training_step on a GPU, replayed from a CUDA graph: one launch instead of hundreds."""
+
+    WARM_UP = 3  # full batches before the recording; by then every buffer has its place
 
     def __init__(self, gan: DCGAN) -> None:
-        self.gan, self.full_steps, self.graph = gan, 0, None
+        self.gan = gan
+        self.full_batches = 0
+        self.graph = None
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
-        self.full_steps += len(real) == self.gan.settings["batch_size"]
-        if self.full_steps == 4 and real.is_cuda:  # a GPU is warm by then
-            self.real, self.z = real.clone(), z.clone()
-            try:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                    self.stats = training_step(self.gan, self.real, self.z)  # not yet computed
-                self.graph = graph
-            except RuntimeError as error:
-                print(f"No CUDA graph, so steps take longer: {error}".splitlines()[0])
-        if self.graph is None or real.shape != self.real.shape:
+        if len(real) < self.gan.settings.batch_size:  # the rest of an epoch fits no graph
+            return training_step(self.gan, real, z)
+        self.full_batches += 1
+        if self.full_batches == self.WARM_UP + 1:
+            self.record(real, z)
+        if self.graph is None:
             return training_step(self.gan, real, z)
         self.real.copy_(real)
         self.z.copy_(z)
         self.graph.replay()
         return self.stats
 
+    def record(self, real: Tensor, z: Tensor) -> None:
+        """Record the step in a graph that reads copies of the batch; nothing is computed yet."""
+        self.real = real.clone()
+        self.z = z.clone()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self.stats = training_step(self.gan, self.real, self.z)
+            self.graph = graph
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"warning: no CUDA graph, so steps take longer: {reason}")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run that torchrun started: which one this is, and what they exchange."""
+
+    rank: int = 0  # of this process; the first one, 0, reads, writes and prints
+    count: int = 1
+    local_rank: int = 0  # of this process among those on its machine: the number of its GPU
+
+    @contextmanager
+    def connected(self, device: torch.device) -> Iterator[None]:
+        """Connect the processes for a while. Raises Failure if they lose each other."""
+        if self.count == 1:
+            yield
+            return
+        try:
+            with lost_process_is_failure(dist.DistError):
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+                yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def broadcast(self, value: object) -> object:
+        """Return the first process's value in every process. Raises Failure."""
+        values = [value]
+        if self.count > 1:
+            with lost_process_is_failure(RuntimeError):
+                dist.broadcast_object_list(values)
+        return values[0]
+
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the processes, in all of them. Raises Failure."""
+        with lost_process_is_failure(RuntimeError):
+            dist.all_reduce(tensor)
+        tensor /= self.count
+
+
+@contextmanager
+def lost_process_is_failure(kind: type[Exception]) -> Iterator[None]:
+    """Turn an error of the communication into the line that says what happened."""
+    try:
+        yield
+    except kind as error:
+        reason = str(error)[:200]
+        raise Failure(f"a process of this run has ended; --resume goes on ({reason})") from error
+
 
 class SharedStep:
     """training_step in several processes at once, each with its share of the batch."""
 
-    def __init__(self, gan: DCGAN) -> None:
+    def __init__(self, gan: DCGAN, processes: Processes) -> None:
         self.gan = gan
+        self.processes = processes
         for network in (gan.generator, gan.discriminator):
+            if gan.device.type == "cuda":  # BatchNorm's statistics are then of the whole batch
+                nn.SyncBatchNorm.convert_sync_batchnorm(network)
             for parameter in network.parameters():
-                parameter.register_post_accumulate_grad_hook(lambda p: self.average(p.grad))
-            if parameter.is_cuda:
-                nn.SyncBatchNorm.convert_sync_batchnorm(network)  # statistics of the whole batch
+                parameter.register_post_accumulate_grad_hook(self.average_gradient)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
-        real, z = (part.tensor_split(PROCESSES)[RANK] for part in (real, z))
-        stats = training_step(self.gan, real, z)
-        self.average(stats)
+        own_real = real.tensor_split(self.processes.count)[self.processes.rank]
+        own_z = z.tensor_split(self.processes.count)[self.processes.rank]
+        stats = training_step(self.gan, own_real, own_z)
+        self.processes.average(stats)
         return stats
 
-    def average(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor)
-        tensor /= PROCESSES
+    def average_gradient(self, parameter: Tensor) -> None:
+        self.processes.average(parameter.grad)
 
 
-# ==================================== one epoch and the run =====================================
-def train_epoch(step: GraphedStep | SharedStep, digits: Tensor, title: str, every: int) -> Tensor:
-    """Train on every digit once; return the STATS of each step, (steps, 5). Raises Failure."""
-    gan = step.gan
-    seed, epoch, device = gan.settings["seed"], gan.epoch + 1, digits.device
-    order = torch.randperm(len(digits), generator=random_stream(seed, epoch))  # on any device
-    batches = order.to(device).split(gan.settings["batch_size"])
-    if gan.settings["dry_run"]:
-        batches = batches[:3]
-    noise = random_stream(seed, epoch, device)
-    stats = torch.zeros(len(batches), len(STATS), device=device)
-    print(title)
-    for i, index in enumerate(tqdm(batches, title, unit="step", leave=False, disable=RANK > 0 or None)):
-        z = torch.randn(len(index), LATENT_DIM, 1, 1, generator=noise, device=device)
-        stats[i] = step(to_images(digits[index]), z)
-        if i % every == 0 or i + 1 == len(batches):  # only here the CPU waits for a GPU
-            sound = stats[: i + 1].isfinite().all(dim=1)
-            weights = [*gan.generator.parameters(), *gan.discriminator.parameters()]
-            sound[i] &= nn.utils.get_total_norm(weights).isfinite()
-            if not sound.all():
-                raise Failure(f"diverged at step {sound.int().argmin() + 1} of {title}; lower --lr")
-        if i % every == 0:
-            tqdm.write(LOG_LINE.format(i + 1, len(batches), *stats[i].tolist()))
-    return stats
-
-
-def train(gan: DCGAN, digits: Tensor, scorer: Callable | None, options: Namespace) -> None:
-    """Train up to the last epoch; bring the output folder up to date after each."""
-    step = SharedStep(gan) if PROCESSES > 1 else GraphedStep(gan)
-    folder, saved, start = options.output_dir, gan.epoch, time.perf_counter()
-    first = torch.randperm(len(digits), generator=random_stream(gan.settings["seed"], epoch=1))
-    real = digits[first[:SAMPLES].to(digits.device)].cpu()
-    try:
-        while saved < options.epochs:
-            title = f"Epoch {saved + 1}/{options.epochs}"
-            end_epoch(gan, train_epoch(step, digits, title, options.log_every), scorer)
-            write_results(gan, real, folder)
-            if gan.best_epoch == gan.epoch:
-                save_checkpoint(gan, folder / "generator_best.pt", DRAWING)
-            save_checkpoint(gan, folder / "checkpoint.pt")
-            saved = gan.epoch
-            print(f"saved to {folder} after {time.perf_counter() - start:.1f} s")
-    except KeyboardInterrupt as stopped:
-        resume = ["--resume"] if saved and not options.resume else []
-        launcher = f"torchrun --nproc-per-node={PROCESSES}" if PROCESSES > 1 else "python"
-        command = f"{launcher} {shlex.join([sys.argv[0], *options.argv, *resume])}"
-        raise Failure(f"saved up to epoch {saved}; to go on: {command}", 128 + stopped.args[0]) from stopped
-    if gan.best_epoch:
-        print(f"The best epoch was {gan.best_epoch}: generator_best.pt, for --generate N --best")
-
-
-def end_epoch(gan: DCGAN, stats: Tensor, scorer: Callable | None) -> None:
-    """Add an epoch's figures, pictures and score to the run; warn of a collapse."""
-    gan.epoch += 1
-    # BatchNorm statistics that fit the averaged weights:
-    update_bn(make_noise(1000, gan.settings["seed"], epoch=-2).split(100), gan.average, stats.device)
-    gan.samples = torch.cat([gan.samples, draw(gan.average, gan.fixed_noise)[None]])
-    score = dict.fromkeys(SCORES, math.nan)
-    if scorer:
-        score = scorer(draw(gan.average, make_noise(SCORED, gan.settings["seed"], epoch=-1)))
-        print(SCORE_LINE.format(*score.values()))
-    rows = torch.cat([stats.cpu(), torch.tensor([*score.values()]).expand(len(stats), -1)], dim=1)
-    gan.history = torch.cat([gan.history, rows])
-    if score["fd"] < gan.best_fd:
-        gan.best_fd, gan.best_epoch = score["fd"], gan.epoch
-    signs = {
-        f"only {score['digits']} of the ten digits appear": score["digits"] < 8,
-        "FD is more than twice its best": score["fd"] > 2 * gan.best_fd,
-        "ds_loss stayed under 0.05": rows[:, 0].max() < 0.05,
-    }
-    seen = " and ".join(sign for sign, there in signs.items() if there)
-    if seen and not gan.settings["dry_run"]:
-        print(f"warning: {seen}; README.md says what to do")
+def fastest_step(gan: DCGAN, processes: Processes) -> Step:
+    """Return the fastest way to take a training step here."""
+    if processes.count > 1:
+        return SharedStep(gan, processes)
+    if gan.device.type == "cuda":
+        return GraphedStep(gan)
+    return functools.partial(training_step, gan)
 
 
 # =========================================== pictures ===========================================
-@torch.no_grad()
-def draw(generator: nn.Module, z: Tensor) -> Tensor:
-    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black."""
-    device = next(generator.parameters()).device
-    parts = [generator(part.to(device)).squeeze(1) for part in z.split(100)]  # in [-1, 1]
-    return torch.cat([((part + 1) * 127.5).round().byte().cpu() for part in parts])
-
-
 def grid(digits: Tensor, caption: str = "") -> Image.Image:
     """Arrange digits (n, 28, 28) of uint8 ten a row, twice their size, under a caption if any."""
-    from torchvision.utils import make_grid
+    from torchvision.utils import make_grid  # here and not above, for it takes a while
 
     rows = Image.fromarray(make_grid(digits[:, None], nrow=10)[0].numpy())
     rows = ImageOps.scale(rows, 2, Image.Resampling.NEAREST)
@@ -345,98 +554,121 @@ def grid(digits: Tensor, caption: str = "") -> Image.Image:
     return picture
 
 
-def write_results(gan: DCGAN, real: Tensor, folder: Path) -> None:
-    """Write the pictures, with ``real`` digits (n, 28, 28), and the history as table and curves."""
+def stages(samples: Tensor, real: Tensor) -> list[Image.Image]:
+    """Return grids of one size: at most ten epochs of samples (epochs, n, 28, 28), evenly chosen,
+    then the real digits (m, 28, 28)."""
+    epochs = len(samples)
+    shown = torch.linspace(1, epochs, min(epochs, 10)).round().int().tolist()
+    pictures = [grid(samples[epoch - 1], f"epoch {epoch}") for epoch in shown]
+    last = grid(real, "real digits").crop((0, 0, *pictures[0].size))  # m may be smaller than n
+    return [*pictures, last]
+
+
+def stacked(pictures: list[Image.Image]) -> Image.Image:
+    """Return pictures of one width as one, each below the one before."""
+    return Image.fromarray(np.vstack(pictures))
+
+
+def curves(history: dict[str, Tensor]) -> Image.Image:
+    """Draw a run's figures, each (steps,), over the steps: losses, distance, outputs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = torch.linspace(1, gan.epoch, min(gan.epoch, 10)).round().int().tolist()
-    frames = [grid(gan.samples[epoch - 1], f"epoch {epoch}") for epoch in shown]
-    frames.append(grid(real, "real digits").crop((0, 0, *frames[0].size)))  # if fewer than 50
-    write(folder / "real_samples.png", grid(real).save, "PNG")
-    write(folder / f"generated_epoch_{gan.epoch:03d}.png", grid(gan.samples[-1]).save, "PNG")
-    write(folder / "timeline.png", Image.fromarray(np.vstack(frames)).save, "PNG")
-    animation = {"append_images": frames[1:], "duration": [600] * len(shown) + [2000], "loop": 0}
-    write(folder / "training.gif", frames[0].save, "GIF", save_all=True, **animation)
-    rows, steps = torch.arange(len(gan.history)), len(gan.history) // gan.epoch
-    table = torch.column_stack([rows // steps + 1, rows % steps + 1, gan.history])
-    names = ("epoch", "step", *STATS, *SCORES)
-    write(folder / "history.csv", np.savetxt, table, "%.6g", ",", header=",".join(names), comments="")
-    group = -(-len(rows) // 400)  # steps to a point, so that curves of any length are clear
-    points = torch.stack([part.mean(0) for part in table.split(group)])
-    figure = Figure(figsize=(10, 10), layout="constrained")
-    panels = figure.subplots(3, sharex=True)
-    axes = ("cross-entropy", "linear"), ("Frechet distance to real digits", "log"), ("mean output", "linear")
-    for panel, (axis, scale), columns in zip(panels, axes, ([2, 3], [7], [4, 5, 6]), strict=True):
-        panel.plot(rows[::group] + 1, points[:, columns], label=[names[c] for c in columns])
-        panel.set(ylabel=axis, yscale=scale)
+    steps = len(history["ds_loss"])
+    group = math.ceil(steps / 400)  # steps to a point, so that curves of any length are clear
+
+    def plot(panel, label: str, scale: str, names: tuple[str, ...]) -> None:
+        for name in names:
+            points = [part.mean() for part in history[name].split(group)]
+            panel.plot(range(1, steps + 1, group), points, label=name)
+        panel.set(ylabel=label, yscale=scale)
         panel.grid(alpha=0.3)
         panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    panels[-1].set(xlabel=f"step (mean of {group})", ylim=(0, 1))
-    write(folder / "loss_curve.png", figure.savefig, format="png", dpi=100)
+
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    losses, distance, outputs = figure.subplots(3, sharex=True)
+    plot(losses, "cross-entropy", "linear", ("ds_loss", "gn_loss"))
+    plot(distance, "Frechet distance to real digits", "log", ("fd",))
+    plot(outputs, "mean output", "linear", ("true_out", "fake_out_before", "fake_out_after"))
+    outputs.set(xlabel=f"step (mean of {group})", ylim=(0, 1))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def walk(a: Tensor, b: Tensor) -> Tensor:
-    """Return noise (10 n, ...) from each of a (n, ...) to that of b, on spheres (Shoemake 1985)."""
-    angle = torch.cosine_similarity(a, b, dim=1).acos()[:, None, None]  # (n, 1, 1, 1, 1)
-    t = torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1) * angle
-    return (((angle - t).sin() * a[:, None] + t.sin() * b[:, None]) / angle.sin()).flatten(0, 1)
-
-
-def above_nearest(digits: Tensor, real: Tensor) -> Tensor:
-    """Return 40 digits for a grid: ten given ones, the real ones nearest in pixels, ten more."""
+def nearest(digits: Tensor, real: Tensor) -> Image.Image:
+    """Show 20 of the digits (n, 28, 28), each above the real one (m, 28, 28) nearest in pixels."""
     digits = digits[torch.arange(20) % len(digits)]
-    nearest = torch.cdist(digits.flatten(1).float(), real.flatten(1).float()).argmin(dim=1)
-    return torch.cat([digits[:10], real[nearest[:10]], digits[10:], real[nearest[10:]]])
+    distances = torch.cdist(digits.flatten(1).float(), real.flatten(1).float())
+    found = real[distances.argmin(dim=1)]
+    return grid(torch.cat([digits[:10], found[:10], digits[10:], found[10:]]))
 
 
 # ============================================ scores ============================================
+SCORES = ("fd", "digits", "evenness", "confident")
+SCORE_LINE = (
+    "score: FD {fd:.1f} - digits {digits}/10 - evenness {evenness:.2f} - confident {confident:.2f}"
+)
+SCORER_EPOCHS = 10
+
+
 class Scorer:
-    """Tell how good generated digits are, by a small classifier that learns the bundled ones."""
+    """Tell how good generated digits are, by a small classifier that learns the bundled ones.
+
+    ``accuracy`` is the share that it recognises of 1,000 digits it has not seen, ``floor`` the
+    distance that real digits get.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        digits, labels = (part.to(device) for part in load_digits(FLAGS["data_dir"][0], "test"))
-        stream = random_stream(seed=0, epoch=0)
+        digits, labels = (part.to(device) for part in load_digits(BUNDLED, "test"))
+        stream = random_stream(seed=0, stream=0)
         order = torch.randperm(len(digits), generator=stream)
-        held_out, seen = order[:1000], order[1000:]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        held_out = order[:1000]
+        self.device = device
+        self.classifier = self.train(digits, labels, order[1000:], stream)
+        self.reference = self.judge(digits[order[SCORED:]])[0]
+        self.floor = frechet_distance(self.judge(digits[order[:SCORED]])[0], self.reference)
+        guesses = self.judge(digits[held_out])[1].argmax(dim=1)
+        self.accuracy = (guesses == labels[held_out].cpu()).float().mean().item()
+
+    def train(
+        self, digits: Tensor, labels: Tensor, seen: Tensor, stream: torch.Generator
+    ) -> nn.Sequential:
+        """Return a classifier trained on the digits with the indices ``seen``."""
+        with seeded(0):
             body = Discriminator(width=16).layers[:-1]  # (n, 64, 3, 3)
-            head = nn.Flatten(), nn.Linear(576, 64), nn.ReLU(), nn.Linear(64, 10)
-            self.classifier = nn.Sequential(*body, *head).to(device)
-        optimizer = torch.optim.Adam(self.classifier.parameters(), fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, SCORER_EPOCHS * len(seen) // 100)
+            head = (nn.Flatten(), nn.Linear(576, 64), nn.ReLU(), nn.Linear(64, 10))
+            classifier = nn.Sequential(*body, *head).to(self.device)
+        optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
+        steps = SCORER_EPOCHS * len(seen) // 100
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, steps)
         for _ in range(SCORER_EPOCHS):
             for index in seen[torch.randperm(len(seen), generator=stream)].split(100):
                 shift = torch.randint(-2, 3, (2,), generator=stream).tolist()  # pixels
                 images = to_images(digits[index]).roll(shift, dims=(2, 3))
-                loss = nn.functional.cross_entropy(self.classifier(images), labels[index])
+                loss = nn.functional.cross_entropy(classifier(images), labels[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-        self.classifier.eval()
-        self.reference = self.judge(digits[order[SCORED:]])[0]
-        self.floor = frechet_distance(self.judge(digits[order[:SCORED]])[0], self.reference)
-        right = (self.judge(digits[held_out])[1].argmax(1) == labels[held_out].cpu()).float().mean()
-        print(f"scorer: {right:.1%} of 1,000 held-out digits right - floor: FD {self.floor:.1f}")
+        return classifier.eval()
 
     @torch.no_grad()
     def judge(self, digits: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (n, 64) and probabilities (n, 10) of digits (n, 28, 28) of uint8."""
-        device = self.classifier[0].weight.device
-        images = (to_images(part.to(device)) for part in digits.split(500))
+        images = (to_images(part.to(self.device)) for part in digits.split(500))
         features = torch.cat([self.classifier[:-1](part) for part in images])
         return features.cpu(), self.classifier[-1](features).softmax(dim=1).cpu()
 
     def __call__(self, digits: Tensor) -> dict[str, float]:
         """Return the SCORES of digits (n, 28, 28) of uint8 by their names."""
         features, probabilities = self.judge(digits)
-        shares = probabilities.argmax(1).bincount(minlength=10) / len(digits)
+        shares = probabilities.argmax(dim=1).bincount(minlength=10) / len(digits)
         return {
             "fd": frechet_distance(features, self.reference),
             "digits": (shares >= 0.02).sum().item(),
             "evenness": torch.special.entr(shares).sum().item() / math.log(10),
-            "confident": (probabilities.amax(1) > 0.9).float().mean().item(),
+            "confident": (probabilities.amax(dim=1) > 0.9).float().mean().item(),
         }
 
 
@@ -446,303 +678,849 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     |mean A - mean B|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)) of the covariances A and B (Dowson and
     Landau 1982). The eigenvalues of A B are real; their roots add up to the last trace.
     """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
+    a = a.double()
+    b = b.double()
+    cov_a = a.T.cov()
+    cov_b = b.T.cov()
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
     traces = cov_a.trace() + cov_b.trace() - 2 * roots.sum()
     return ((a.mean(dim=0) - b.mean(dim=0)).square().sum() + traces).item()
 
 
-# ==================================== files and checkpoints =====================================
-DRAWING = ("settings", "epoch", "average")  # the parts of a run that draw its digits
-CHECKSUM_LENGTH = hashlib.sha256().digest_size  # bytes
+def signs_of_collapse(ds_loss: Tensor, score: dict[str, float], best_fd: float) -> list[str]:
+    """Say what an epoch's losses (steps,) and score have in common with those of a collapse."""
+    signs = []
+    if score["digits"] < 8:
+        signs.append(f"only {score['digits']} of the ten digits appear")
+    if score["fd"] > 2 * best_fd:
+        signs.append("FD is more than twice its best")
+    if ds_loss.max() < 0.05:
+        signs.append("ds_loss stayed under 0.05")
+    return signs
 
 
-def write(path: Path, save: Callable, *arguments: object, **options: object) -> None:
-    """Call ``save(file, ...)`` and move the file to ``path`` once it is on disk. Raises Failure."""
-    if RANK > 0:
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            save(file, *arguments, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise Failure(f"cannot write {path} ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+# ============================================ files =============================================
+CHECKPOINT = "checkpoint.pt"
+BEST = "generator_best.pt"
+REAL_SAMPLES = "real_samples.png"
+TIMELINE = "timeline.png"
+ANIMATION = "training.gif"
+CURVES = "loss_curve.png"
+HISTORY = "history.csv"
+GENERATED = "generated.png"
+GENERATED_DIGITS = "generated.npy"
+INTERPOLATION = "interpolation.png"
+SCORE = "score.json"
+NEAREST = "nearest.png"
+FORMAT = 2  # of a checkpoint; the first format had no number
+
+
+def epoch_picture(epoch: int) -> str:
+    """Return the name of the picture of an epoch."""
+    return f"generated_epoch_{epoch:03d}.png"
+
+
+def is_ours(name: str) -> bool:
+    """Tell whether a file's name is exactly one that the program writes."""
+    names = {CHECKPOINT, BEST, REAL_SAMPLES, TIMELINE, ANIMATION, CURVES, HISTORY}
+    names |= {GENERATED, GENERATED_DIGITS, INTERPOLATION, SCORE, NEAREST}
+    epoch = re.fullmatch(r"generated_epoch_([0-9]{3,9})\.png", name)
+    return name in names or (epoch is not None and name == epoch_picture(int(epoch[1])))
+
+
+class RunFolder:
+    """The output folder: its lock, what is written when, what is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock_handle: int | None = None
+
+    def begin(self, dry_run: bool) -> None:
+        """Make and lock the folder, and move the files of an earlier run into one below it.
+
+        A dry run is refused where a run is. Raises Failure and leaves all files where they were.
+        """
+        self.make()
+        self.lock()
+        for path in self.path.glob(".*.tmp"):  # half-written by a run that was killed
+            if is_ours(path.name.removeprefix(".").removesuffix(".tmp")):
+                path.unlink()
+        files = [path for path in sorted(self.path.iterdir()) if is_ours(path.name)]
+        if files and dry_run:
+            raise WrongInput(f"argument --output-dir: {self.path} holds a run; name another folder")
+        if files:
+            self.move_away(files)
+
+    def resume(self) -> dict:
+        """Lock the folder and return the checkpoint of its run. Raises Failure."""
+        check_exists(self.path / CHECKPOINT)
+        self.make()
+        self.lock()
+        return read_checkpoint(self.path / CHECKPOINT)
+
+    def make(self) -> None:
+        """Make the folder if it is missing. Raises WrongInput if nothing can be written there."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError("no permission to write")
+        except OSError as error:
+            reason = error.strerror or error
+            raise WrongInput(f"argument --output-dir: {self.path} is no use: {reason}") from error
+
+    def lock(self) -> None:
+        """Keep other runs out until ``close``. Raises Failure if one is in the folder."""
+        try:
+            import fcntl
+        except ImportError:  # on Windows, which can lock no folder
+            return
+        self.lock_handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Failure(f"another run is using {self.path}; name another --output-dir") from error
+        except OSError as error:  # some network drives have no locks
+            print(f"warning: cannot lock {self.path} ({error.strerror}); start no other run there")
+
+    def close(self) -> None:
+        """Give up the lock. The system does so too, however the process ends."""
+        if self.lock_handle is not None:
+            os.close(self.lock_handle)
+            self.lock_handle = None
+
+    def move_away(self, files: list[Path]) -> None:
+        """Move files of an earlier run into the next free folder previous_NNN: all or none."""
+        number = 1
+        while (self.path / f"previous_{number:03d}").exists():
+            number += 1
+        previous = self.path / f"previous_{number:03d}"
+        moved = []
+        try:
+            previous.mkdir()
+            for path in files:
+                path.rename(previous / path.name)
+                moved.append(path)
+        except BaseException as error:  # Ctrl-C too must not leave half a run in each folder
+            for path in moved:
+                (previous / path.name).rename(path)
+            if previous.exists():
+                previous.rmdir()
+            if isinstance(error, OSError):
+                raise Failure(f"cannot move the earlier run to {previous} ({error})") from error
+            raise
+        print(f"Moved the earlier run in {self.path} to {previous}")
+        if self.path / CHECKPOINT in moved:
+            print(f"To go on with it: {PROGRAM} --resume --output-dir {previous}")
+
+    def save(self, checkpoint: dict, best_generator: dict | None) -> None:
+        """Write the checkpoint of an epoch, after the best generator if it is a new one."""
+        if best_generator is not None:
+            with self.writing(BEST) as file:
+                torch.save(best_generator, file)
+        with self.writing(CHECKPOINT) as file:
+            torch.save(checkpoint, file)
+
+    def write_pictures(self, samples: Tensor, real: Tensor, history: dict[str, Tensor]) -> None:
+        """Bring pictures and table up to date; one that cannot be written costs a warning.
+
+        ``samples`` (epochs, n, 28, 28) and ``real`` (m, 28, 28) are digits of uint8; ``history``
+        has the figures of each step (steps,) by their names.
+        """
+        with self.redrawing(REAL_SAMPLES) as file:
+            grid(real).save(file, "PNG")
+        for epoch, digits in enumerate(samples, start=1):
+            if not (self.path / epoch_picture(epoch)).exists():
+                with self.redrawing(epoch_picture(epoch)) as file:
+                    grid(digits).save(file, "PNG")
+        frames = stages(samples, real)
+        with self.redrawing(TIMELINE) as file:
+            stacked(frames).save(file, "PNG")
+        with self.redrawing(ANIMATION) as file:
+            times = [600] * len(frames[1:]) + [2000]  # ms; endless
+            frames[0].save(
+                file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0
+            )
+        with self.redrawing(HISTORY) as file:
+            table = torch.column_stack(list(history.values()))
+            np.savetxt(file, table, "%.6g", ",", header=",".join(history), comments="")
+        with self.redrawing(CURVES) as file:
+            curves(history).save(file, "PNG")
+
+    @contextmanager
+    def redrawing(self, name: str) -> Iterator[io.BytesIO]:
+        """Like ``writing``, for a file that can be drawn again: warn if it cannot be written."""
+        try:
+            with self.writing(name) as file:
+                yield file
+        except Failure as failure:
+            print(f"warning: {failure}; it is drawn again after the next epoch, or by --resume")
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[io.BytesIO]:
+        """Give a buffer whose content becomes the file at the end: whole, or not at all.
+
+        Raises Failure if it cannot be written; what was there before is then still there.
+        """
+        buffer = io.BytesIO()
+        yield buffer
+        path = self.path / name
+        temporary = self.path / f".{name}.tmp"
+        try:
+            with temporary.open("wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            with suppress(OSError):  # the first error is the one to tell
+                temporary.unlink(missing_ok=True)
+            raise Failure(f"cannot write {path} ({error.strerror or error})") from error
+
+
+def check_exists(path: Path) -> None:
+    """Raise Failure if there is no such checkpoint."""
+    if not path.exists():
+        raise Failure(f"there is no {path}; train first, or name another --output-dir")
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a checkpoint or a best generator. Raises Failure if it is missing or damaged."""
+    check_exists(path)
+    data = io.BytesIO(path.read_bytes())
+    with damage_is_failure(path):
+        with zipfile.ZipFile(data) as archive:
+            wrong = archive.testzip()
+        if wrong is not None:
+            raise ValueError(f"wrong check sum of {wrong}")
+        data.seek(0)
+        checkpoint = torch.load(data, map_location="cpu", weights_only=True)  # runs no code
+        found = checkpoint.get("format", 1)
+        if found == FORMAT:
+            checkpoint["settings"] = Settings(**checkpoint["settings"])
+    if found != FORMAT:
+        versions = f"it has format {found}, this one {FORMAT}"
+        raise Failure(f"{path} is from another version of this program: {versions}; train again")
+    return checkpoint
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Make the output folder and keep other runs out. Raises Failure if it cannot be used."""
+def damage_is_failure(path: Path) -> Iterator[None]:
+    """Raise Failure for whatever zipfile or torch raises on a damaged or foreign file."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("no permission to write")
-    except OSError as error:
-        raise Failure(f"argument --output-dir: cannot write to {folder} ({error})", 2) from error
-    if os.name == "nt" or RANK > 0:  # Windows can lock no folder
         yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)  # the system frees the lock however the process ends
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise Failure(f"another run is using {folder}; name another --output-dir") from error
-    finally:
-        os.close(handle)
+    except Exception as error:
+        reason = str(error)[:200]
+        raise Failure(f"{path} is damaged or no checkpoint of this program: {reason}") from error
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove the files of an earlier run; its checkpoint stays, as checkpoint.previous.pt."""
-    names = r"real_samples|generated_epoch_\d{3,}|timeline|loss_curve|training|history|checkpoint"
-    ours = re.compile(rf"\.?({names}|generator_best)\.(png|gif|csv|pt)(\.tmp)?")
-    old = [path for path in folder.iterdir() if ours.fullmatch(path.name)]
-    if old:
-        print(f"Replacing the earlier run in {folder}; checkpoint.previous.pt keeps its networks")
-    for path in old if RANK == 0 else []:
-        if path.name == "checkpoint.pt":
-            path.replace(folder / "checkpoint.previous.pt")
+def read_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
+    """Return the averaged generator in a checkpoint, and the checkpoint. Raises Failure."""
+    checkpoint = read_checkpoint(path)
+    generator = Generator(LATENT_DIM, WIDTH)
+    with damage_is_failure(path):
+        generator.load_state_dict(checkpoint["average"])
+    generator.to(device=device, memory_format=torch.channels_last)
+    return generator.eval().requires_grad_(False), checkpoint
+
+
+def load_generator(
+    folder: Path | str, best: bool = False, device: str | torch.device = "cpu"
+) -> Generator:
+    """Load the generator of a run's last epoch, or of its best one, to draw with.
+
+    It takes noise (n, 100, 1, 1) on its device, returns images (n, 1, 28, 28) in [-1, 1], is in
+    eval mode and needs no gradient. Raises Failure if there is none or it is damaged.
+    """
+    path = Path(folder) / (BEST if best else CHECKPOINT)
+    return read_generator(path, torch.device(device))[0]
+
+
+# =========================================== commands ===========================================
+OUTPUT_DIR = Path("result")  # in the current folder
+THE_RUN = object()  # what --evaluate scores if no file is named: the run in the output folder
+
+
+class Run:
+    """A run so far: all that its checkpoint holds and its pictures show."""
+
+    def __init__(self, gan: DCGAN, digits: Tensor) -> None:
+        self.gan = gan
+        self.digits_sha256 = sha256_of(digits)
+        self.real = digits[shuffled(digits, gan.settings.seed, epoch=1)[:SAMPLES]]
+        self.samples = torch.empty(0, SAMPLES, 28, 28, dtype=torch.uint8)  # after each epoch
+        names = ("epoch", "step", *STATS, *SCORES)
+        self.history = {name: torch.empty(0) for name in names}  # of each step (steps,)
+        self.best_epoch = 0
+        self.best_fd = math.inf
+
+    def header(self) -> dict:
+        """Return what tells where a checkpoint comes from."""
+        return {
+            "format": FORMAT,
+            "epoch": self.gan.epoch,
+            "settings": dataclasses.asdict(self.gan.settings),
+            "digits_sha256": self.digits_sha256,
+            "made_with": {"torch": str(torch.__version__), "device": self.gan.device.type},
+        }
+
+    def checkpoint(self) -> dict:
+        """Return all that is needed to go on exactly."""
+        return {
+            **self.header(),
+            **{name: part.state_dict() for name, part in self.gan.parts().items()},
+            "samples": self.samples,
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "best_fd": self.best_fd,
+        }
+
+    def restore(self, checkpoint: dict) -> None:
+        """Go back to where a checkpoint was made."""
+        self.gan.restore(checkpoint)
+        self.samples = checkpoint["samples"]
+        self.history = checkpoint["history"]
+        self.best_epoch = checkpoint["best_epoch"]
+        self.best_fd = checkpoint["best_fd"]
+
+    def best_generator(self) -> dict | None:
+        """Return what draws the digits of this epoch, or None if an earlier one was better."""
+        if self.best_epoch != self.gan.epoch:
+            return None
+        return {**self.header(), "average": self.gan.average.state_dict()}
+
+    def draw(self, count: int, stream: int) -> Tensor:
+        """Draw digits (count, 28, 28) of uint8 from the noise of a random stream."""
+        z = make_noise(count, self.gan.settings.seed, stream)
+        return draw(self.gan.average, z, self.gan.settings.precision)
+
+    def end_epoch(self, stats: Tensor, scorer: Scorer | None) -> None:
+        """Add an epoch's STATS (steps, 5), digits and score to the run; warn of a collapse."""
+        self.samples = torch.cat([self.samples, self.draw(SAMPLES, FIXED_NOISE)[None]])
+        score = dict.fromkeys(SCORES, math.nan)
+        if scorer is not None:
+            score = scorer(self.draw(SCORED, DRAWING))
+            print(SCORE_LINE.format(**score))
+        count = len(stats)
+        figures = {
+            "epoch": torch.full((count,), self.gan.epoch),
+            "step": torch.arange(1, count + 1),
+            **dict(zip(STATS, stats.cpu().T, strict=True)),
+            **{name: torch.full((count,), value) for name, value in score.items()},
+        }
+        self.history = {name: torch.cat([self.history[name], figures[name]]) for name in figures}
+        if score["fd"] < self.best_fd:
+            self.best_fd = score["fd"]
+            self.best_epoch = self.gan.epoch
+        signs = signs_of_collapse(figures["ds_loss"], score, self.best_fd)
+        if signs and not self.gan.settings.dry_run:
+            print(f"warning: {' and '.join(signs)}; README.md says what to do")
+
+
+def train(
+    options: Namespace, device: torch.device, folder: RunFolder, processes: Processes
+) -> None:
+    """Begin a run, or go on with the one in the folder, and train to its last epoch."""
+    with processes.connected(device):
+        start = None
+        if processes.rank == 0:
+            start = read_run(options, folder) if options.resume else new_run(options, device)
+        settings, digits, checkpoint = processes.broadcast(start)
+        check_batches(settings.batch_size, len(digits), processes.count)
+        run = Run(DCGAN(settings, device), digits)
+        if checkpoint is not None:
+            with damage_is_failure(folder.path / CHECKPOINT):
+                run.restore(checkpoint)
+        epochs = 2 if settings.dry_run else options.epochs
+        step = fastest_step(run.gan, processes)
+        loop = train_epochs(run.gan, step, digits.to(device), epochs, options.log_every)
+        if processes.rank > 0:
+            for _ in loop:  # the first process scores, saves and draws
+                pass
+            return
+        if checkpoint is None:
+            folder.begin(settings.dry_run)
         else:
-            path.unlink()
+            folder.write_pictures(run.samples, run.real, run.history)  # if any are missing
+        if run.gan.epoch >= epochs:
+            done = f"{folder.path} already holds epoch {run.gan.epoch}"
+            print(f"{done}; to go on, give a larger --epochs")
+            return
+        scorer = None if options.no_score else make_scorer(device)
+        announce(settings, device, len(digits))
+        score_save_draw(run, loop, epochs, scorer, folder)
 
 
-def save_checkpoint(gan: DCGAN, path: Path, parts: tuple = ()) -> None:
-    """Write a run, or parts of it, and a SHA-256 that torch.load takes for an archive's comment."""
-    content = {name: getattr(gan, name) for name in parts or vars(gan)}
-    content = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in content.items()}
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    buffer.seek(-2, os.SEEK_END)  # where a zip archive has the length of its comment
-    buffer.write(CHECKSUM_LENGTH.to_bytes(2, "little"))
-    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
-    write(path, lambda file: file.write(buffer.getbuffer()))
+def new_run(options: Namespace, device: torch.device) -> tuple[Settings, Tensor, None]:
+    """Return the settings and digits of a new run: what is given, the recipe's, the defaults."""
+    given = given_settings(options)
+    recipe = RECIPES[given.get("recipe", Settings.recipe)]
+    precision = "bf16" if has_bf16(device) else "fp32"
+    settings = Settings(**({"precision": precision} | recipe | given))
+    return settings, load_digits(options.data_dir, settings.split)[0], None
 
 
-def load_checkpoint(path: Path, device: torch.device, parts: tuple = ()) -> DCGAN:
-    """Read what save_checkpoint wrote. Raises Failure if it is missing, damaged or foreign."""
-    if not path.exists():
-        raise Failure(f"there is no {path}; train first, or name another --output-dir")
-    data = path.read_bytes()
-    if hashlib.sha256(memoryview(data)[:-CHECKSUM_LENGTH]).digest() != data[-CHECKSUM_LENGTH:]:
-        raise Failure(f"{path} is damaged or not a checkpoint of this program (wrong check sum)")
+def read_run(options: Namespace, folder: RunFolder) -> tuple[Settings, Tensor, dict]:
+    """Return the settings, digits and checkpoint of a run to go on with. Raises Failure."""
+    checkpoint = folder.resume()
+    settings = checkpoint["settings"]
+    if settings.dry_run:
+        raise WrongInput(f"argument --resume: {folder.path} holds a dry run, which cannot go on")
+    for name, given in given_settings(options).items():
+        kept = getattr(settings, name)
+        if given != kept:
+            flag = name.replace("_", "-")
+            raise WrongInput(f"argument --{flag}: {given}, but the run has {kept}")
+    digits = load_digits(options.data_dir, settings.split)[0]
+    if checkpoint["digits_sha256"] != sha256_of(digits):
+        others = f"{options.data_dir} holds other digits than those that the run began with"
+        raise WrongInput(f"argument --data-dir: {others}; name their folder")
+    return settings, digits, checkpoint
+
+
+def given_settings(options: Namespace) -> dict[str, object]:
+    """Return the settings that the command line gives, without their defaults."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    return {name: value for name, value in given.items() if value != "auto"}
+
+
+def check_batches(batch_size: int, count: int, processes: int) -> None:
+    """Raise WrongInput if ``count`` digits do not make batches that all processes can share."""
+    if batch_size > count:
+        raise WrongInput(f"argument --batch-size: there are only {count} digits")
+    if batch_size % processes or 0 < count % batch_size < processes:
+        raise WrongInput(f"argument --batch-size: {processes} processes cannot share every batch")
+
+
+def make_scorer(device: torch.device) -> Scorer:
+    """Return a scorer, and print how good it is."""
+    scorer = Scorer(device)
+    right = f"{scorer.accuracy:.1%} of 1,000 held-out digits right"
+    print(f"scorer: {right} - floor: FD {scorer.floor:.1f}")
+    return scorer
+
+
+def announce(settings: Settings, device: torch.device, count: int) -> None:
+    """Print the networks' summaries, and where and on how many digits training begins."""
+    with torch.random.fork_rng(devices=[]):  # for summary runs the networks
+        summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
+        summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
+    if settings.precision == "bf16" and not has_bf16(device):
+        print(f"warning: this {device.type} has no fast bf16; fp32 takes a fraction of the time")
+    print(f"Training on {count:,} digits on {device.type} in {settings.precision}")
+
+
+def score_save_draw(
+    run: Run, loop: Iterator[Tensor], epochs: int, scorer: Scorer | None, folder: RunFolder
+) -> None:
+    """Take the training loop to its end; after each epoch: score, save, draw."""
+    gan = run.gan
+    first = gan.epoch
+    saved = gan.epoch
+    start = time.perf_counter()
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # no code
-        if set(content["settings"]) != set(SETTINGS):
-            raise ValueError(f"its settings are {', '.join(content['settings'])}")
-        gan = DCGAN(content["settings"], device)
-        for name in parts or vars(gan):
-            part = getattr(gan, name)
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(content[name])
-            else:
-                setattr(gan, name, content[name])
-        return gan
-    except Exception as error:  # whatever another version or a forger can put in a file
-        raise Failure(f"{path} is not of this version ({str(error)[:200]})") from error
+        for stats in loop:
+            run.end_epoch(stats, scorer)
+            folder.save(run.checkpoint(), run.best_generator())
+            saved = gan.epoch
+            folder.write_pictures(run.samples, run.real, run.history)
+            taken = time.perf_counter() - start
+            left = taken / (saved - first) * (epochs - saved)
+            print(
+                f"saved to {folder.path} after {tqdm.format_interval(taken)}, "
+                f"{tqdm.format_interval(left)} left"
+            )
+    except KeyboardInterrupt as interrupt:
+        if saved == 0 or gan.settings.dry_run:
+            raise
+        signum = getattr(interrupt, "signum", signal.SIGINT)
+        message = f"epoch {saved} is saved; to go on, run the same command with --resume"
+        raise Stopped(signum, message) from interrupt
+    if gan.settings.dry_run:
+        print("The dry run went well: it read digits, trained, saved and drew")
+    elif run.best_epoch:
+        print(f"The best epoch was {run.best_epoch}: {BEST}, for --generate N --best")
 
 
-def load_generator(folder: Path | str, best: bool = False, device: str = "cpu") -> Generator:
-    """Load the generator of the last epoch, or the best one; in eval mode. Raises Failure."""
-    path = Path(folder) / ("generator_best.pt" if best else "checkpoint.pt")
-    return load_checkpoint(path, torch.device(device), DRAWING).average
+def generate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
+    """Draw digits with a trained generator."""
+    generator, settings, _ = trained_generator(options, device, folder)
+    z = make_noise(options.generate, drawing_seed(options), DRAWING)
+    digits = draw(generator, z, settings.precision)
+    with folder.writing(GENERATED_DIGITS) as file:
+        np.save(file, digits.numpy())
+    with folder.writing(GENERATED) as file:
+        grid(digits[:100]).save(file, "PNG")
+
+
+def interpolate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
+    """Draw ten walks from one digit to another, one a row."""
+    generator, settings, _ = trained_generator(options, device, folder)
+    z = make_noise(20, drawing_seed(options), DRAWING)
+    digits = draw(generator, walk(z[:10], z[10:]), settings.precision)
+    with folder.writing(INTERPOLATION) as file:
+        grid(digits).save(file, "PNG")
+
+
+def walk(a: Tensor, b: Tensor) -> Tensor:
+    """Return noise (10 n, ...) from each of a (n, ...) to that of b, on spheres (Shoemake 1985)."""
+    angle = torch.cosine_similarity(a, b, dim=1).acos()[:, None, None]  # (n, 1, 1, 1, 1)
+    t = torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1) * angle
+    return (((angle - t).sin() * a[:, None] + t.sin() * b[:, None]) / angle.sin()).flatten(0, 1)
+
+
+def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
+    """Score 10,000 digits of a trained generator, or those in a file."""
+    if options.evaluate is THE_RUN:
+        generator, settings, source = trained_generator(options, device, folder)
+        z = make_noise(10_000, drawing_seed(options), DRAWING)
+        digits = draw(generator, z, settings.precision)
+        split = settings.split
+    else:
+        digits = read_digits(options.evaluate)
+        split = given_settings(options).get("split", Settings.split)
+        source = {"of": str(options.evaluate)}
+    real = load_digits(options.data_dir, split)[0]
+    scorer = make_scorer(device)
+    score = scorer(digits)
+    print(SCORE_LINE.format(**score))
+    report = {**score, "floor": scorer.floor, "count": len(digits), **source}
+    folder.make()
+    with folder.writing(SCORE) as file:
+        file.write(json.dumps(report, indent=1).encode())
+    with folder.writing(NEAREST) as file:
+        nearest(digits, real).save(file, "PNG")
+
+
+def trained_generator(
+    options: Namespace, device: torch.device, folder: RunFolder
+) -> tuple[Generator, Settings, dict]:
+    """Return the generator that the command line asks for, its settings, and its origin."""
+    path = folder.path / (BEST if options.best else CHECKPOINT)
+    generator, checkpoint = read_generator(path, device)
+    settings = checkpoint["settings"]
+    origin = {"of": str(path), "epoch": checkpoint["epoch"], **checkpoint["made_with"]}
+    return generator, settings, origin | {"settings": dataclasses.asdict(settings)}
+
+
+def drawing_seed(options: Namespace) -> int:
+    """Return the seed of the noise from which a trained generator draws."""
+    return given_settings(options).get("seed", Settings.seed)
+
+
+def read_digits(path: Path) -> Tensor:
+    """Read digits (n, 28, 28) of uint8 that numpy has saved. Raises WrongInput."""
+    try:
+        digits = torch.from_numpy(np.load(path, allow_pickle=False))
+        if digits.dtype != torch.uint8 or digits.shape[1:] != (28, 28) or len(digits) < 2:
+            raise ValueError(f"it holds {digits.dtype} of shape {tuple(digits.shape)}")
+        return digits
+    except Exception as error:  # whatever numpy finds wrong with it
+        raise WrongInput(f"argument --evaluate: {path}: {error}") from error
 
 
 # ========================================= command line =========================================
-class Failure(Exception):  # noqa: N818 (being stopped is no error)
-    """The program's last line. Exit codes: 1 the world, 2 what the user gave, 128 + a signal."""
+class Parser(ArgumentParser):
+    """A parser that leaves it to ``main`` to print an error and to end the program."""
 
-    def __init__(self, message: str, code: int = 1) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def stop(signum: int, frame: object) -> None:
-    """Handle SIGINT (Ctrl-C) or SIGTERM; the next one ends at once."""
-    signal.signal(signum, signal.SIG_DFL)
-    raise KeyboardInterrupt(signum)
+    def error(self, message: str) -> NoReturn:
+        raise WrongInput(message)
 
 
-FLAGS = {  # name: (default, lowest and highest number or the words allowed, help)
-    "recipe": ("article", ("article", "tuned"), "training as published, or for better digits"),
-    "epochs": (10, (1, 100_000), "how often to see every digit"),
-    "batch_size": (50, (1, 60_000), "digits in a training step"),
-    "output_dir": (Path("result"), (), "folder for everything that is written"),
-    "data_dir": (Path(__file__).resolve().parent / "MNIST", (), "folder of the digits' files"),
-    "split": ("test", ("test", "train"), "the 10,000 bundled digits, or 60,000 to download once"),
-    "lr": (0.0002, (1e-8, 1.0), "learning rate of both networks"),
-    "beta1": (0.5, (0.0, 0.9999), "Adam's decay rate of the mean gradient"),
-    "beta2": (0.999, (0.0, 0.999999), "Adam's decay rate of the mean squared gradient"),
-    "ema": (0.99, (0.0, 0.9999), "decay of the averaged weights that draw; 0: no average"),
-    "seed": (0, (0, 2**32 - 1), "where all random numbers start"),
-    "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute; auto: on a GPU if any"),
-    "precision": ("auto", ("auto", "fp32", "bf16"), "auto: bf16 where the hardware has it"),
-    "log_every": (100, (1, 10**6), "steps from one log line to the next"),
-    "resume": (False, (), "go on with the run in the output folder"),
-    "dry_run": (False, (), "two epochs of three steps, to check an installation"),
-    "generate": (None, (1, 100_000), "train nothing, draw this many digits"),
-    "interpolate": (False, (), "train nothing, draw ten walks from one digit to another"),
-    "evaluate": (None, (), "train nothing, score the checkpoint, or digits in the .npy file named"),
-    "best": (False, (), "draw or evaluate with the best epoch's generator"),
-    "no_score": (False, (), "train without scores"),
-}
-RECIPES = {"article": {}, "tuned": {"lr": 0.002, "beta2": 0.99}}  # defaults of other flags
-SETTINGS = ("recipe", "batch_size", "lr", "beta1", "beta2", "ema", "seed", "split", "precision", "dry_run")
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """Return a function that reads a number from ``low`` to ``high``, for argparse."""
+    noun = "whole number" if kind is int else "number"
+
+    def read(text: str) -> float:
+        refusal = ArgumentTypeError(f"must be a {noun} from {low} to {high}, not {text!r}")
+        try:
+            value = kind(text)
+        except ValueError as error:
+            raise refusal from error
+        if not low <= value <= high:
+            raise refusal
+        return value
+
+    return read
 
 
-def parse_options(argv: list[str], settings: dict | None = None) -> Namespace:
-    """Read the command line, with the settings for defaults if given. Raises Failure."""
+def add_training_flags(group: _ArgumentGroup) -> None:
+    """Add the settings of a run; what is not given is not among the options."""
+    group.add_argument(
+        "--recipe",
+        choices=list(RECIPES),
+        help="training as published, or with other defaults, for better digits in the same time "
+        f"(default: {Settings.recipe})",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=number(int, 1, 60_000),
+        help=f"digits in a training step (default: {Settings.batch_size})",
+    )
+    group.add_argument(
+        "--lr",
+        type=number(float, 1e-8, 1.0),
+        help=f"learning rate of both networks (default: {Settings.lr})",
+    )
+    group.add_argument(
+        "--beta1",
+        type=number(float, 0.0, 0.9999),
+        help=f"Adam's decay rate of the mean gradient (default: {Settings.beta1})",
+    )
+    group.add_argument(
+        "--beta2",
+        type=number(float, 0.0, 0.999999),
+        help=f"Adam's decay rate of the mean squared gradient (default: {Settings.beta2})",
+    )
+    group.add_argument(
+        "--ema",
+        type=number(float, 0.0, 0.9999),
+        help=f"decay of the averaged weights that draw; 0: no average (default: {Settings.ema})",
+    )
+    group.add_argument(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        help=f"where all random numbers start (default: {Settings.seed})",
+    )
+    group.add_argument(
+        "--split",
+        choices=["test", "train"],
+        help="the 10,000 bundled digits, or 60,000 that are downloaded once "
+        f"(default: {Settings.split})",
+    )
 
-    def error(message: str) -> None:
-        raise Failure(message, 2)
 
-    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error, parser.formatter_class = error, ArgumentDefaultsHelpFormatter
-    modes = parser.add_mutually_exclusive_group()
-    for name, (default, allowed, text) in FLAGS.items():
-        kind = {"type": type(allowed[0]) if allowed else type(default)}
-        if default is False:
-            kind = {"action": "store_true"}
-        elif isinstance(default, str):
-            kind = {"choices": allowed}
-        elif name == "evaluate":
-            kind = {"nargs": "?", "const": Path(), "type": Path, "metavar": "FILE"}
-        group = modes if name in ("resume", "generate", "interpolate", "evaluate") else parser
-        group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
-    recipe = RECIPES[parser.parse_args(argv).recipe]
-    options = parser.parse_args(argv, Namespace(argv=argv, **recipe | (settings or {})))
-    for name, (_, allowed, _) in FLAGS.items():
-        value = getattr(options, name)
-        if isinstance(value, (int, float)) and allowed and not allowed[0] <= value <= allowed[1]:
-            flag = name.replace("_", "-")
-            error(f"argument --{flag}: from {allowed[0]} to {allowed[1]}, please, not {value}")
-    options.trained = options.generate or options.interpolate or options.evaluate
-    if (options.best and not options.trained) or (options.dry_run and options.trained):
-        error("--best goes with --generate, --interpolate or --evaluate, --dry-run with none")
-    if options.dry_run:
-        options.epochs = 2
+def add_run_flags(group: _ArgumentGroup) -> None:
+    """Add how long a run goes on, and what it reads and writes."""
+    group.add_argument(
+        "--epochs",
+        type=number(int, 1, 100_000),
+        default=10,
+        help="how often to see every digit (default: 10)",
+    )
+    group.add_argument(
+        "--output-dir",
+        type=Path,
+        help=f"folder for everything that is written (default: {OUTPUT_DIR})",
+    )
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        default=BUNDLED,
+        help="folder of the digits' files (default: MNIST beside the program)",
+    )
+    group.add_argument(
+        "--log-every",
+        type=number(int, 1, 10**6),
+        default=100,
+        help="steps from one log line to the next (default: 100)",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the output folder (default: begin a new one)",
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="two epochs of three steps, to check an installation (default: off)",
+    )
+    group.add_argument(
+        "--no-score",
+        action="store_true",
+        help="train without scores (default: score every epoch)",
+    )
+
+
+def add_hardware_flags(group: _ArgumentGroup) -> None:
+    """Add where and how to compute."""
+    group.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda", "mps"],
+        default="auto",
+        help="where to compute; auto: on a GPU if there is one (default: auto)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto: bf16 where the hardware has it (default: auto)",
+    )
+
+
+def add_drawing_flags(group: _ArgumentGroup) -> None:
+    """Add what to do with a trained generator."""
+    group.add_argument(
+        "--generate",
+        type=number(int, 1, 100_000),
+        metavar="N",
+        help="draw N digits (default: off)",
+    )
+    group.add_argument(
+        "--interpolate",
+        action="store_true",
+        help="draw ten walks from one digit to another (default: off)",
+    )
+    group.add_argument(
+        "--evaluate",
+        type=Path,
+        nargs="?",
+        const=THE_RUN,
+        metavar="FILE",
+        help="score 10,000 digits, or those in the .npy file named (default: off)",
+    )
+    group.add_argument(
+        "--best",
+        action="store_true",
+        help="use the generator of the best epoch (default: of the last epoch)",
+    )
+
+
+def parse_options(argv: list[str] | None) -> Namespace:
+    """Read a command line, the process's own if None. Raises WrongInput."""
+    parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_training_flags(parser.add_argument_group("training", argument_default=SUPPRESS))
+    add_run_flags(parser.add_argument_group("run"))
+    add_hardware_flags(parser.add_argument_group("hardware"))
+    add_drawing_flags(parser.add_argument_group("drawing: train nothing, use a trained generator"))
+    options = parser.parse_args(argv)
+    names = ("resume", "dry_run", "generate", "interpolate", "evaluate")
+    modes = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    if len(modes) > 1:
+        parser.error(f"{' and '.join(modes)} do not go together")
+    if options.best and not (
+        options.generate or options.interpolate or options.evaluate is THE_RUN
+    ):
+        parser.error("--best goes with --generate N, --interpolate or --evaluate without a file")
     return options
 
 
-def pick_hardware(options: Namespace) -> torch.device:
-    """Return the device, and replace "auto" in options.precision. Raises Failure."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = options.device if options.device != "auto" else next((d for d in there if there[d]), "cpu")
-    if not there.get(name, True):
-        raise Failure(f"argument --device: this machine has no {name}; cpu always works", 2)
-    if options.precision == "auto":
-        cpu = torch.cpu.get_capabilities() if name == "cpu" else {}
-        native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        if name == "cuda":
-            native = torch.cuda.get_device_capability() >= (8, 0)
-        options.precision = "bf16" if native else "fp32"
-    torch.backends.cudnn.deterministic = True  # the same seed gives the same run
-    return torch.device(name)
+def processes_of_torchrun() -> Processes:
+    """Return what torchrun says in the environment. Raises WrongInput if it says half of it."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return Processes()
+    hint = "start several processes with torchrun, or unset RANK and WORLD_SIZE"
+    missing = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if missing:
+        raise WrongInput(f"the environment has no {' and no '.join(sorted(missing))}; {hint}")
+    try:
+        rank = int(os.environ["RANK"])
+        count = int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    except ValueError as error:
+        raise WrongInput(f"the environment's number of a process is none: {error}") from error
+    if not 0 <= rank < count:
+        raise WrongInput(f"the environment has RANK={rank}, but WORLD_SIZE={count}; {hint}")
+    return Processes(rank, count, local_rank)
 
 
-def start(options: Namespace) -> None:
-    """Begin a run, or take up that in the output folder, and train. Raises Failure."""
-    device, gan, folder = pick_hardware(options), None, options.output_dir
-    if PROCESSES > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be recorded on the default one
-    if options.resume:
-        gan = load_checkpoint(folder / "checkpoint.pt", device)
-        options = parse_options(options.argv, gan.settings)
-        for name, kept in gan.settings.items():
-            if (given := getattr(options, name)) != kept:
-                raise Failure(f"argument --{name.replace('_', '-')}: {given}, but the run has {kept}", 2)
-        if gan.epoch >= options.epochs:
-            print(f"{folder} already holds {gan.epoch} epochs; to go on, give a larger --epochs")
-            return
-    data = [load_digits(options.data_dir, options.split)[0] if RANK == 0 else None]
-    if PROCESSES > 1:
-        dist.broadcast_object_list(data)
-    digits = data[0].to(device)
-    if options.batch_size > len(digits):
-        raise Failure(f"argument --batch-size: there are only {len(digits)} digits", 2)
-    if options.batch_size % PROCESSES or 0 < len(digits) % options.batch_size < PROCESSES:
-        raise Failure(f"argument --batch-size: {PROCESSES} processes cannot share every batch", 2)
-    with folder_lock(folder):
-        scorer = None if options.no_score or RANK > 0 else Scorer(device)
-        if gan is None:
-            clear_folder(folder)
-            gan = DCGAN({name: getattr(options, name) for name in SETTINGS}, device)
-        with torch.random.fork_rng(devices=[]):  # for summary runs the networks
-            summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
-            summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
-        print(f"Training on {len(digits):,} digits on {device} in {options.precision}")
-        train(gan, digits, scorer, options)
-    if PROCESSES > 1:
-        dist.destroy_process_group()
+@contextmanager
+def stop_signals(silent: bool) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM raise Stopped for a while; the second one ends the program at once.
+
+    A silent process has nothing to say, so the first one ends it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        signal.signal(signum, signal.SIG_DFL)
+        raise Stopped(signum)
+
+    handler = signal.SIG_DFL if silent else stop
+    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
 
 
-def use(options: Namespace) -> None:
-    """Draw digits with a trained generator, or walks between some, or score it or a file."""
-    device, folder, source = pick_hardware(options), options.output_dir, options.evaluate
-    if source in (None, Path()):
-        source = folder / ("generator_best.pt" if options.best else "checkpoint.pt")
-        gan = load_checkpoint(source, device, DRAWING)
-        options.split = gan.settings["split"]
-        z = make_noise(options.generate or 10_000, options.seed, epoch=-1)
-        if options.interpolate:
-            z = walk(z[:10], z[10:20])
-        digits = draw(gan.average, z)
+@contextmanager
+def escaped_output() -> Iterator[None]:
+    """For a while, print characters that the console lacks as escapes instead of failing."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def muted(silent: bool) -> Iterator[None]:
+    """Print nothing for a while if the process is silent."""
+    if silent:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
     else:
-        try:
-            digits = torch.from_numpy(np.load(source, allow_pickle=False))
-            if digits.dtype != torch.uint8 or digits.shape[1:] != (28, 28) or len(digits) < 2:
-                raise ValueError(f"it holds {digits.dtype} of shape {tuple(digits.shape)}")
-        except Exception as error:  # whatever numpy finds wrong with it
-            raise Failure(f"argument --evaluate: {source}: {error}", 2) from error
+        yield
+
+
+@contextmanager
+def output_folder(options: Namespace) -> Iterator[RunFolder]:
+    """Give the folder to write to; that of a dry run is temporary if none is named."""
+    if options.dry_run and options.output_dir is None:
+        with TemporaryDirectory(prefix="dcgan_mnist_") as path:
+            with closing(RunFolder(Path(path))) as folder:
+                yield folder
+        print("The dry run's temporary folder is removed")
+    else:
+        with closing(RunFolder(options.output_dir or OUTPUT_DIR)) as folder:
+            yield folder
+
+
+def run_command(options: Namespace, processes: Processes) -> None:
+    """Do what the command line asks for."""
+    device = pick_device(options.device, processes.local_rank)
+    command = None
     if options.generate:
-        write(folder / "generated.npy", np.save, digits.numpy())
-        write(folder / "generated.png", grid(digits[:100]).save, "PNG")
+        command = generate
     elif options.interpolate:
-        write(folder / "interpolation.png", grid(digits).save, "PNG")
-    else:
-        real, scorer = load_digits(options.data_dir, options.split)[0], Scorer(device)
-        score = scorer(digits)
-        print(SCORE_LINE.format(*score.values()))
-        score |= {"floor": scorer.floor, "count": len(digits), "of": str(source)}
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "score.json", lambda file: file.write(json.dumps(score, indent=1).encode()))
-        write(folder / "nearest.png", grid(above_nearest(digits, real)).save, "PNG")
-    print(f"saved to {folder}")
+        command = interpolate
+    elif options.evaluate:
+        command = evaluate
+    with output_folder(options) as folder, computing_on(device):
+        if command is None:
+            train(options, device, folder, processes)
+        elif processes.rank == 0:
+            command(options, device, folder)
+            print(f"saved to {folder.path}")
+
+
+def last_line(kind: str, message: object, silent: bool) -> None:
+    """Print the line with which the program ends."""
+    if not silent:
+        print(f"{PROGRAM}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop if RANK == 0 else signal.SIG_DFL)
-    try:
-        with redirect_stdout(io.StringIO() if RANK > 0 else sys.stdout):
-            options = parse_options(sys.argv[1:] if argv is None else argv)
-            (use if options.trained else start)(options)
-        return 0
-    except Failure as failure:
-        code, message = failure.code, str(failure)
-    except (OSError, torch.OutOfMemoryError) as error:
-        code, message = 1, str(error)
-    except RuntimeError as error:
-        if not dist.is_initialized():
-            raise
-        code, message = 1, f"a process of this run has ended; --resume goes on ({str(error)[:200]})"
-    except KeyboardInterrupt as stopped:
-        code, message = 128 + stopped.args[0], "training had not begun"
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends when a process ends
-    if RANK == 0:
-        kind = "stopped" if code > 128 else "error"
-        print(f"dcgan_mnist.py: {kind}: {' '.join(message.split())}", file=sys.stderr)
-    return code
+    """Run a command line, the process's own if None, and return the exit code.
+
+    0: done; 1: the world got in the way; 2: wrong input; 130 or 143: stopped by a signal.
+    """
+    silent = False
+    with escaped_output():
+        try:
+            processes = processes_of_torchrun()
+            silent = processes.rank > 0  # the first process speaks for all
+            with stop_signals(silent), muted(silent):
+                run_command(parse_options(argv), processes)
+            return 0
+        except WrongInput as error:
+            last_line("error", error, silent)
+            return 2
+        except (Failure, OSError, torch.OutOfMemoryError) as error:
+            last_line("error", error, silent)
+            return 1
+        except KeyboardInterrupt as interrupt:
+            stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
+            last_line("stopped", stopped, silent)
+            return 128 + stopped.signum
 
 
 if __name__ == "__main__":
