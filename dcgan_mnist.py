@@ -478,12 +478,14 @@ class Processes:
             yield
             return
         try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (dist.DistError, ValueError) as error:
+            raise Failure(f"the processes of this run cannot connect: {error}") from error
+        try:
             with lost_process_is_failure(dist.DistError):
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
                 yield
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            dist.destroy_process_group()
 
     def broadcast(self, value: object) -> object:
         """Return the first process's value in every process. Raises Failure."""
@@ -1465,9 +1467,8 @@ def muted(silent: bool) -> Iterator[None]:
 def output_folder(options: Namespace) -> Iterator[RunFolder]:
     """Give the folder to write to; that of a dry run is temporary if none is named."""
     if options.dry_run and options.output_dir is None:
-        with TemporaryDirectory(prefix="dcgan_mnist_") as path:
-            with closing(RunFolder(Path(path))) as folder:
-                yield folder
+        with TemporaryDirectory(prefix="dcgan_mnist_") as path, closing(RunFolder(Path(path))) as f:
+            yield f
         print("The dry run's temporary folder is removed")
     else:
         with closing(RunFolder(options.output_dir or OUTPUT_DIR)) as folder:
