@@ -16,8 +16,8 @@ discriminator takes for real. After Radford, Metz and Chintala (2016), "Unsuperv
 Learning with Deep Convolutional Generative Adversarial Networks", arXiv:1511.06434.
 
 Read the file from top to bottom. The algorithm comes first: networks, settings, data, one training
-step, training. What makes it a tool follows: faster, pictures, scores, files, commands, command
-line. README.md says which files are written, and when.
+step, training. The rest makes it a tool: speed, pictures, scores, files, commands, command line.
+README.md says which files are written, and when.
 """
 
 import copy
@@ -54,17 +54,21 @@ from tqdm import tqdm
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
 SAMPLES = 50  # digits in the picture of an epoch: five rows of ten
-SCORED = 2000  # digits drawn for the score of an epoch: enough for a distance within a few percent
+SCORED = 2000  # digits drawn for the score of an epoch: their distance is right to a few percent
 PROGRAM = "dcgan_mnist.py"
 BUNDLED = Path(__file__).resolve().parent / "MNIST"  # the data folder beside this file
 
 
-class Failure(Exception):  # noqa: N818 (the world is no fault of the program)
-    """Something that the world got wrong, such as a full disk. The message is for the user."""
+class Failure(Exception):  # noqa: N818 (no error of the program)
+    """Something outside the program went wrong, such as a full disk. The message is for the user."""
 
 
 class WrongInput(Failure):
     """Something that the user got wrong, such as a flag."""
+
+
+class LostProcess(Failure):
+    """Another process of this run has ended."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -117,7 +121,7 @@ class Discriminator(nn.Module):
         )
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the log-odds of being real, (n,), on which the loss never goes flat."""
+        """Return the log-odds of being real (n,): their loss has a gradient however sure it is."""
         return self.layers(images).flatten().float()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -126,11 +130,16 @@ class Discriminator(nn.Module):
 
 def weights_init(m: nn.Module) -> None:
     """Start a layer as the paper does: convolutions N(0, 0.02), BatchNorm N(1, 0.02), biases 0."""
-    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-        if m.weight is not None:
-            nn.init.normal_(m.weight, mean=float(isinstance(m, nn.BatchNorm2d)), std=0.02)
-        if m.bias is not None:
-            nn.init.zeros_(m.bias)
+    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+        mean = 0.0
+    elif isinstance(m, nn.BatchNorm2d):
+        mean = 1.0
+    else:
+        return
+    if m.weight is not None:
+        nn.init.normal_(m.weight, mean, std=0.02)
+    if m.bias is not None:
+        nn.init.zeros_(m.bias)
 
 
 # =========================================== settings ===========================================
@@ -143,7 +152,7 @@ class Settings:
     lr: float = 0.0002  # learning rate of both networks; the paper's
     beta1: float = 0.5  # Adam's decay of the mean gradient; the paper found 0.9 to oscillate
     beta2: float = 0.999  # Adam's decay of the mean squared gradient
-    ema: float = 0.99  # decay of the averaged weights that draw; 0 turns the average off
+    ema: float = 0.99  # decay of the average of the generator's weights, which draws; 0: no average
     seed: int = 0  # where all random numbers start
     split: str = "test"  # MNIST's "test" split has 10,000 digits, its "train" split 60,000
     precision: str = "fp32"  # of the layers' arithmetic, or "bf16"; weights are always in fp32
@@ -190,8 +199,8 @@ def to_images(digits: Tensor) -> Tensor:
     return digits.unsqueeze(1).float() / 127.5 - 1
 
 
-# Every use of random numbers has a stream of its own, so that none depends on what came before it.
-# Epoch 1, 2, ... has the stream of its number, for the order of the digits and for the noise.
+# Every use of random numbers starts from a seed of its own, so that none depends on what came
+# before it. Epoch 1, 2, ... has the stream of its number, for the order of the digits and the noise.
 FIXED_NOISE = 0  # the noise of the pictures, the same after every epoch
 DRAWING = -1  # the noise of scores and of --generate
 NORM_STATISTICS = -2  # the noise from which the averaged generator takes BatchNorm's statistics
@@ -207,8 +216,8 @@ def make_noise(count: int, seed: int, stream: int) -> Tensor:
     return torch.randn(count, LATENT_DIM, 1, 1, generator=random_stream(seed, stream))
 
 
-def shuffled(digits: Tensor, seed: int, epoch: int) -> Tensor:
-    """Return the order (n,) in which an epoch sees digits (n, 28, 28), on their device."""
+def order_of_epoch(digits: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return the indices (n,) of digits (n, 28, 28) as an epoch sees them, on their device."""
     order = torch.randperm(len(digits), generator=random_stream(seed, epoch))
     return order.to(digits.device)
 
@@ -222,6 +231,14 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 # ====================================== one training step =======================================
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return a context in which layers compute in "fp32" or "bf16"; their weights stay in fp32.
+
+    It keeps the weights that it has cast, so it must end before an optimiser changes them.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 class DCGAN:
     """Both networks and their optimisers, and the averaged generator, which draws all digits."""
 
@@ -243,7 +260,7 @@ class DCGAN:
         self.epoch = 0  # epochs done
 
     def autocast(self) -> torch.autocast:
-        """Return a context in which one call of a network computes in the run's precision."""
+        """Return a context for one call of a network, in the run's precision."""
         return autocast(self.device, self.settings.precision)
 
     def fit_norm_statistics(self) -> None:
@@ -269,12 +286,8 @@ class DCGAN:
         self.epoch = checkpoint["epoch"]
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return a context in which layers compute in a precision; it must hold one network call."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-# The figures of a step, in the order in which training_step returns them, and their log line.
+# The figures of a step, in the order in which training_step returns them, and their log line. ds is
+# the discriminator, gn the generator; true_out and fake_out are means of D(x) and D(G(z)).
 STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
 LOG_LINE = (
     "({step}/{steps}) ds_loss: {ds_loss:.3f} - gn_loss: {gn_loss:.3f} - true_out: {true_out:.3f}"
@@ -341,8 +354,8 @@ def train_epochs(
 ) -> Iterator[Tensor]:
     """Train until ``epochs`` are done; after each, yield the STATS of its steps (steps, 5).
 
-    All of ``gan`` is up to date then, so that it can be scored, saved and drawn with. Raises
-    Failure if training diverges.
+    ``gan`` is then complete: it can be scored, saved and drawn with. Raises Failure if training
+    diverges.
     """
     while gan.epoch < epochs:
         title = f"Epoch {gan.epoch + 1}/{epochs}"
@@ -357,7 +370,7 @@ def train_epoch(gan: DCGAN, step: Step, digits: Tensor, title: str, log_every: i
     """Train on every digit once, in a new order; return the STATS of each step (steps, 5)."""
     seed = gan.settings.seed
     epoch = gan.epoch + 1
-    batches = shuffled(digits, seed, epoch).split(gan.settings.batch_size)
+    batches = order_of_epoch(digits, seed, epoch).split(gan.settings.batch_size)
     if gan.settings.dry_run:
         batches = batches[:3]
     noise = random_stream(seed, epoch, gan.device)
@@ -383,10 +396,10 @@ def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
     finite[-1] &= nn.utils.get_total_norm(weights).isfinite()
     if not finite.all():
         step = finite.tolist().index(False) + 1
-        raise Failure(f"training diverged at step {step} of {title}; lower --lr")
+        raise Failure(f"training diverged at step {step} of {title}; begin again with a lower --lr")
 
 
-# ============================================ faster ============================================
+# ============================================ speed =============================================
 def pick_device(name: str, local_rank: int) -> torch.device:
     """Return the device to compute on. Raises WrongInput if it is not there."""
     there = {
@@ -398,6 +411,8 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         name = next(device for device in there if there[device])  # the fastest
     if not there[name]:
         raise WrongInput(f"argument --device: this machine has no {name}; cpu always works")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise Failure(f"there is no GPU number {local_rank}: start fewer processes")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
@@ -429,12 +444,15 @@ def computing_on(device: torch.device) -> Iterator[None]:
 class GraphedStep:
     """training_step on a GPU, replayed from a CUDA graph: one launch instead of hundreds."""
 
-    WARM_UP = 3  # full batches before the recording; by then every buffer has its place
+    WARM_UP = 3  # full batches before the recording; by then everything is allocated
 
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
         self.full_batches = 0
-        self.graph = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.real: Tensor | None = None  # what the graph reads
+        self.z: Tensor | None = None
+        self.stats: Tensor | None = None  # what it writes; the next replay overwrites it
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         if len(real) < self.gan.settings.batch_size:  # the rest of an epoch fits no graph
@@ -459,7 +477,7 @@ class GraphedStep:
                 self.stats = training_step(self.gan, self.real, self.z)
             self.graph = graph
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).split("\n")[0]
             print(f"warning: no CUDA graph, so steps take longer: {reason}")
 
 
@@ -509,11 +527,16 @@ def lost_process_is_failure(kind: type[Exception]) -> Iterator[None]:
         yield
     except kind as error:
         reason = str(error)[:200]
-        raise Failure(f"a process of this run has ended; --resume goes on ({reason})") from error
+        raise LostProcess(
+            f"a process of this run has ended; --resume goes on ({reason})"
+        ) from error
 
 
 class SharedStep:
-    """training_step in several processes at once, each with its share of the batch."""
+    """training_step in several processes at once, each with its share of the batch.
+
+    Gradients and figures are means over the processes, also of a last batch with unequal shares.
+    """
 
     def __init__(self, gan: DCGAN, processes: Processes) -> None:
         self.gan = gan
@@ -568,7 +591,7 @@ def stages(samples: Tensor, real: Tensor) -> list[Image.Image]:
 
 def stacked(pictures: list[Image.Image]) -> Image.Image:
     """Return pictures of one width as one, each below the one before."""
-    return Image.fromarray(np.vstack(pictures))
+    return Image.fromarray(np.vstack([np.asarray(picture) for picture in pictures]))
 
 
 def curves(history: dict[str, Tensor]) -> Image.Image:
@@ -617,8 +640,8 @@ SCORER_EPOCHS = 10
 class Scorer:
     """Tell how good generated digits are, by a small classifier that learns the bundled ones.
 
-    ``accuracy`` is the share that it recognises of 1,000 digits it has not seen, ``floor`` the
-    distance that real digits get.
+    ``accuracy`` is the share that it recognises of 1,000 digits it has not seen; ``floor`` is the
+    distance that real digits get, half of which it has seen.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -690,7 +713,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def signs_of_collapse(ds_loss: Tensor, score: dict[str, float], best_fd: float) -> list[str]:
-    """Say what an epoch's losses (steps,) and score have in common with those of a collapse."""
+    """List the signs of a collapse in an epoch's losses (steps,) and score."""
     signs = []
     if score["digits"] < 8:
         signs.append(f"only {score['digits']} of the ten digits appear")
@@ -714,7 +737,8 @@ GENERATED_DIGITS = "generated.npy"
 INTERPOLATION = "interpolation.png"
 SCORE = "score.json"
 NEAREST = "nearest.png"
-FORMAT = 2  # of a checkpoint; the first format had no number
+# Of a checkpoint; it changes with the networks, the figures or Run.checkpoint. The first had no number.
+FORMAT = 2
 
 
 def epoch_picture(epoch: int) -> str:
@@ -768,7 +792,9 @@ class RunFolder:
                 raise PermissionError("no permission to write")
         except OSError as error:
             reason = error.strerror or error
-            raise WrongInput(f"argument --output-dir: {self.path} is no use: {reason}") from error
+            raise WrongInput(
+                f"argument --output-dir: {self.path} cannot be used: {reason}"
+            ) from error
 
     def lock(self) -> None:
         """Keep other runs out until ``close``. Raises Failure if one is in the folder."""
@@ -796,23 +822,23 @@ class RunFolder:
         while (self.path / f"previous_{number:03d}").exists():
             number += 1
         previous = self.path / f"previous_{number:03d}"
-        moved = []
         try:
             previous.mkdir()
             for path in files:
                 path.rename(previous / path.name)
-                moved.append(path)
         except BaseException as error:  # Ctrl-C too must not leave half a run in each folder
-            for path in moved:
-                (previous / path.name).rename(path)
+            for path in files:
+                if (previous / path.name).exists():
+                    (previous / path.name).rename(path)
             if previous.exists():
                 previous.rmdir()
             if isinstance(error, OSError):
                 raise Failure(f"cannot move the earlier run to {previous} ({error})") from error
             raise
         print(f"Moved the earlier run in {self.path} to {previous}")
-        if self.path / CHECKPOINT in moved:
-            print(f"To go on with it: {PROGRAM} --resume --output-dir {previous}")
+        if self.path / CHECKPOINT in files:
+            quoted = f'"{previous}"' if " " in str(previous) else previous
+            print(f"To go on with it: {PROGRAM} --resume --output-dir {quoted}")
 
     def save(self, checkpoint: dict, best_generator: dict | None) -> None:
         """Write the checkpoint of an epoch, after the best generator if it is a new one."""
@@ -838,7 +864,7 @@ class RunFolder:
         with self.redrawing(TIMELINE) as file:
             stacked(frames).save(file, "PNG")
         with self.redrawing(ANIMATION) as file:
-            times = [600] * len(frames[1:]) + [2000]  # ms; endless
+            times = [600] * (len(frames) - 1) + [2000]  # ms; the real digits stay longer
             frames[0].save(
                 file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0
             )
@@ -874,9 +900,10 @@ class RunFolder:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
-            with suppress(OSError):  # the first error is the one to tell
-                temporary.unlink(missing_ok=True)
             raise Failure(f"cannot write {path} ({error.strerror or error})") from error
+        finally:
+            with suppress(OSError):  # the folder may be gone
+                temporary.unlink(missing_ok=True)
 
 
 def check_exists(path: Path) -> None:
@@ -910,6 +937,8 @@ def damage_is_failure(path: Path) -> Iterator[None]:
     """Raise Failure for whatever zipfile or torch raises on a damaged or foreign file."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = str(error)[:200]
         raise Failure(f"{path} is damaged or no checkpoint of this program: {reason}") from error
@@ -948,7 +977,7 @@ class Run:
     def __init__(self, gan: DCGAN, digits: Tensor) -> None:
         self.gan = gan
         self.digits_sha256 = sha256_of(digits)
-        self.real = digits[shuffled(digits, gan.settings.seed, epoch=1)[:SAMPLES]]
+        self.real = digits[order_of_epoch(digits, gan.settings.seed, epoch=1)[:SAMPLES]]
         self.samples = torch.empty(0, SAMPLES, 28, 28, dtype=torch.uint8)  # after each epoch
         names = ("epoch", "step", *STATS, *SCORES)
         self.history = {name: torch.empty(0) for name in names}  # of each step (steps,)
@@ -1057,7 +1086,7 @@ def new_run(options: Namespace, device: torch.device) -> tuple[Settings, Tensor,
     given = given_settings(options)
     recipe = RECIPES[given.get("recipe", Settings.recipe)]
     precision = "bf16" if has_bf16(device) else "fp32"
-    settings = Settings(**({"precision": precision} | recipe | given))
+    settings = Settings(**({"precision": precision} | recipe | given))  # the last one wins
     return settings, load_digits(options.data_dir, settings.split)[0], None
 
 
@@ -1108,7 +1137,9 @@ def announce(settings: Settings, device: torch.device, count: int) -> None:
         summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
         summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
     if settings.precision == "bf16" and not has_bf16(device):
-        print(f"warning: this {device.type} has no fast bf16; fp32 takes a fraction of the time")
+        print(
+            f"warning: this {device.type} has no bf16 arithmetic; --precision fp32 is many times faster"
+        )
     print(f"Training on {count:,} digits on {device.type} in {settings.precision}")
 
 
@@ -1117,8 +1148,8 @@ def score_save_draw(
 ) -> None:
     """Take the training loop to its end; after each epoch: score, save, draw."""
     gan = run.gan
-    first = gan.epoch
-    saved = gan.epoch
+    first = gan.epoch  # epochs done before this command
+    saved = gan.epoch  # epochs in the checkpoint
     start = time.perf_counter()
     try:
         for stats in loop:
@@ -1165,7 +1196,10 @@ def interpolate(options: Namespace, device: torch.device, folder: RunFolder) -> 
 
 
 def walk(a: Tensor, b: Tensor) -> Tensor:
-    """Return noise (10 n, ...) from each of a (n, ...) to that of b, on spheres (Shoemake 1985)."""
+    """Return ten steps from each noise of a (n, ...) to that of b: (10 n, ...).
+
+    They go along a sphere (Shoemake 1985), since noise has about the same length everywhere.
+    """
     angle = torch.cosine_similarity(a, b, dim=1).acos()[:, None, None]  # (n, 1, 1, 1, 1)
     t = torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1) * angle
     return (((angle - t).sin() * a[:, None] + t.sin() * b[:, None]) / angle.sin()).flatten(0, 1)
@@ -1183,11 +1217,11 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
         split = given_settings(options).get("split", Settings.split)
         source = {"of": str(options.evaluate)}
     real = load_digits(options.data_dir, split)[0]
+    folder.make()
     scorer = make_scorer(device)
     score = scorer(digits)
     print(SCORE_LINE.format(**score))
     report = {**score, "floor": scorer.floor, "count": len(digits), **source}
-    folder.make()
     with folder.writing(SCORE) as file:
         file.write(json.dumps(report, indent=1).encode())
     with folder.writing(NEAREST) as file:
@@ -1229,7 +1263,7 @@ class Parser(ArgumentParser):
         raise WrongInput(message)
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+def number_between(kind: type, low: float, high: float) -> Callable[[str], float]:
     """Return a function that reads a number from ``low`` to ``high``, for argparse."""
     noun = "whole number" if kind is int else "number"
 
@@ -1256,32 +1290,33 @@ def add_training_flags(group: _ArgumentGroup) -> None:
     )
     group.add_argument(
         "--batch-size",
-        type=number(int, 1, 60_000),
+        type=number_between(int, 1, 60_000),
         help=f"digits in a training step (default: {Settings.batch_size})",
     )
     group.add_argument(
         "--lr",
-        type=number(float, 1e-8, 1.0),
+        type=number_between(float, 1e-8, 1.0),
         help=f"learning rate of both networks (default: {Settings.lr})",
     )
     group.add_argument(
         "--beta1",
-        type=number(float, 0.0, 0.9999),
+        type=number_between(float, 0.0, 0.9999),
         help=f"Adam's decay rate of the mean gradient (default: {Settings.beta1})",
     )
     group.add_argument(
         "--beta2",
-        type=number(float, 0.0, 0.999999),
+        type=number_between(float, 0.0, 0.999999),
         help=f"Adam's decay rate of the mean squared gradient (default: {Settings.beta2})",
     )
     group.add_argument(
         "--ema",
-        type=number(float, 0.0, 0.9999),
-        help=f"decay of the averaged weights that draw; 0: no average (default: {Settings.ema})",
+        type=number_between(float, 0.0, 0.9999),
+        help="decay of the average of the generator's weights, which draws all digits; 0: no "
+        f"average (default: {Settings.ema})",
     )
     group.add_argument(
         "--seed",
-        type=number(int, 0, 2**32 - 1),
+        type=number_between(int, 0, 2**32 - 1),
         help=f"where all random numbers start (default: {Settings.seed})",
     )
     group.add_argument(
@@ -1296,7 +1331,7 @@ def add_run_flags(group: _ArgumentGroup) -> None:
     """Add how long a run goes on, and what it reads and writes."""
     group.add_argument(
         "--epochs",
-        type=number(int, 1, 100_000),
+        type=number_between(int, 1, 100_000),
         default=10,
         help="how often to see every digit (default: 10)",
     )
@@ -1313,7 +1348,7 @@ def add_run_flags(group: _ArgumentGroup) -> None:
     )
     group.add_argument(
         "--log-every",
-        type=number(int, 1, 10**6),
+        type=number_between(int, 1, 10**6),
         default=100,
         help="steps from one log line to the next (default: 100)",
     )
@@ -1354,7 +1389,7 @@ def add_drawing_flags(group: _ArgumentGroup) -> None:
     """Add what to do with a trained generator."""
     group.add_argument(
         "--generate",
-        type=number(int, 1, 100_000),
+        type=number_between(int, 1, 100_000),
         metavar="N",
         help="draw N digits (default: off)",
     )
@@ -1390,6 +1425,12 @@ def parse_options(argv: list[str] | None) -> Namespace:
     modes = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if len(modes) > 1:
         parser.error(f"{' and '.join(modes)} do not go together")
+    if options.generate or options.interpolate or options.evaluate:
+        used = {"seed", "split"} if isinstance(options.evaluate, Path) else {"seed"}
+        for name in given_settings(options).keys() - used:
+            parser.error(
+                f"--{name.replace('_', '-')} shapes training and does not go with {modes[0]}"
+            )
     if options.best and not (
         options.generate or options.interpolate or options.evaluate is THE_RUN
     ):
@@ -1410,27 +1451,30 @@ def processes_of_torchrun() -> Processes:
         count = int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     except ValueError as error:
-        raise WrongInput(f"the environment's number of a process is none: {error}") from error
+        raise WrongInput(
+            f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}"
+        ) from error
     if not 0 <= rank < count:
         raise WrongInput(f"the environment has RANK={rank}, but WORLD_SIZE={count}; {hint}")
     return Processes(rank, count, local_rank)
 
 
 @contextmanager
-def stop_signals(silent: bool) -> Iterator[None]:
+def stop_signals(rank: int) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM raise Stopped for a while; the second one ends the program at once.
 
-    A silent process has nothing to say, so the first one ends it.
+    In another process than the first one, which says what there is to say, so does the first one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
         return
 
     def stop(signum: int, frame: object) -> NoReturn:
-        signal.signal(signum, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
         raise Stopped(signum)
 
-    handler = signal.SIG_DFL if silent else stop
+    handler = stop if rank == 0 else signal.SIG_DFL
     before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -1454,9 +1498,9 @@ def escaped_output() -> Iterator[None]:
 
 
 @contextmanager
-def muted(silent: bool) -> Iterator[None]:
-    """Print nothing for a while if the process is silent."""
-    if silent:
+def muted(rank: int) -> Iterator[None]:
+    """For a while, let no other process than the first one print."""
+    if rank > 0:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             yield
     else:
@@ -1493,34 +1537,35 @@ def run_command(options: Namespace, processes: Processes) -> None:
             print(f"saved to {folder.path}")
 
 
-def last_line(kind: str, message: object, silent: bool) -> None:
-    """Print the line with which the program ends."""
-    if not silent:
-        print(f"{PROGRAM}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+def last_line(kind: str, message: object, rank: int) -> None:
+    """Print the line with which a process ends; the first one needs no number."""
+    process = f"process {rank}: " if rank > 0 else ""
+    print(f"{PROGRAM}: {process}{kind}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, the process's own if None, and return the exit code.
 
-    0: done; 1: the world got in the way; 2: wrong input; 130 or 143: stopped by a signal.
+    0: done; 1: something outside went wrong; 2: wrong input; 130 or 143: stopped by a signal.
     """
-    silent = False
+    rank = 0
     with escaped_output():
         try:
             processes = processes_of_torchrun()
-            silent = processes.rank > 0  # the first process speaks for all
-            with stop_signals(silent), muted(silent):
+            rank = processes.rank
+            with stop_signals(rank), muted(rank):
                 run_command(parse_options(argv), processes)
             return 0
-        except WrongInput as error:
-            last_line("error", error, silent)
-            return 2
+        except (WrongInput, LostProcess) as error:
+            if rank == 0:  # it speaks for all
+                last_line("error", error, rank)
+            return 2 if isinstance(error, WrongInput) else 1
         except (Failure, OSError, torch.OutOfMemoryError) as error:
-            last_line("error", error, silent)
+            last_line("error", error, rank)
             return 1
         except KeyboardInterrupt as interrupt:
             stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
-            last_line("stopped", stopped, silent)
+            last_line("stopped", stopped, rank)
             return 128 + stopped.signum
 
 
