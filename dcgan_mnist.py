@@ -60,7 +60,7 @@ BUNDLED = Path(__file__).resolve().parent / "MNIST"  # the data folder beside th
 
 
 class Failure(Exception):  # noqa: N818 (no error of the program)
-    """Something outside the program went wrong, such as a full disk. The message is for the user."""
+    """Something outside the program went wrong, a full disk for one. The user gets the message."""
 
 
 class WrongInput(Failure):
@@ -200,7 +200,7 @@ def to_images(digits: Tensor) -> Tensor:
 
 
 # Every use of random numbers starts from a seed of its own, so that none depends on what came
-# before it. Epoch 1, 2, ... has the stream of its number, for the order of the digits and the noise.
+# before it. Epochs 1, 2, ... have the streams 1, 2, ...: the order of the digits and the noise.
 FIXED_NOISE = 0  # the noise of the pictures, the same after every epoch
 DRAWING = -1  # the noise of scores and of --generate
 NORM_STATISTICS = -2  # the noise from which the averaged generator takes BatchNorm's statistics
@@ -737,8 +737,7 @@ GENERATED_DIGITS = "generated.npy"
 INTERPOLATION = "interpolation.png"
 SCORE = "score.json"
 NEAREST = "nearest.png"
-# Of a checkpoint; it changes with the networks, the figures or Run.checkpoint. The first had no number.
-FORMAT = 2
+FORMAT = 2  # of a checkpoint: one more whenever networks, figures or Run.checkpoint change
 
 
 def epoch_picture(epoch: int) -> str:
@@ -1137,9 +1136,7 @@ def announce(settings: Settings, device: torch.device, count: int) -> None:
         summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
         summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
     if settings.precision == "bf16" and not has_bf16(device):
-        print(
-            f"warning: this {device.type} has no bf16 arithmetic; --precision fp32 is many times faster"
-        )
+        print(f"warning: this {device.type} has no bf16 arithmetic, so fp32 is many times faster")
     print(f"Training on {count:,} digits on {device.type} in {settings.precision}")
 
 
