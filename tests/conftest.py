@@ -1,40 +1,15 @@
-"""What the tests share: small networks, small data, and the program run in this process."""
+"""The fixtures: small networks, small data, and the program run in this process."""
 
-import re
-import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import Outcome, write_split
 
 import dcgan_mnist
 
 torch.set_num_threads(1)  # the tests run in two processes, see .pytest.ini
-
-ROOT = Path(dcgan_mnist.__file__).parent
-LOG_LINE = re.compile(
-    r"\((?P<step>\d+)/(?P<steps>\d+)\) ds_loss: (\d+\.\d{3}) - gn_loss: (\d+\.\d{3})"
-    r" - true_out: ([01]\.\d{3}) - fake_out: ([01]\.\d{3})>>([01]\.\d{3})"
-)
-
-
-def write_idx(path: Path, values: torch.Tensor) -> None:
-    """Write a tensor of uint8 in the format of MNIST's files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = struct.pack(f">HBB{values.dim()}I", 0, 8, values.dim(), *values.shape)
-    path.write_bytes(header + values.numpy().tobytes())
-
-
-def write_split(data_dir: Path, count: int, split: str = "t10k") -> torch.Tensor:
-    """Write a split of random digits where the program looks for MNIST; return the digits."""
-    digits = torch.randint(0, 256, (count, 28, 28), generator=torch.Generator().manual_seed(count))
-    digits = digits.byte()
-    raw = data_dir / "MNIST" / "raw"
-    write_idx(raw / f"{split}-images-idx3-ubyte", digits)
-    write_idx(raw / f"{split}-labels-idx1-ubyte", torch.arange(count).remainder(10).byte())
-    return digits
 
 
 @pytest.fixture
@@ -49,23 +24,6 @@ def data_dir(tmp_path: Path) -> Path:
     """A data folder with a test split of 60 random digits."""
     write_split(tmp_path / "data", 60)
     return tmp_path / "data"
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    def is_one_line(self, code: int, *words: str) -> bool:
-        """Whether the program ended with this code and one line on stderr with these words."""
-        lines = self.err.splitlines()
-        return (
-            self.code == code
-            and len(lines) == 1
-            and lines[0].startswith("dcgan_mnist.py: ")
-            and all(word in lines[0] for word in words)
-        )
 
 
 @pytest.fixture
@@ -87,8 +45,10 @@ def run(
         options = [str(option) for option in argv] + ["--no-score"] * (not scored)
         if "--data-dir" not in options:
             options += ["--data-dir", str(data_dir)]
+        if "--device" not in options:
+            options += ["--device", "cpu"]
         capsys.readouterr()
-        code = dcgan_mnist.main([*options, "--device", "cpu"])
+        code = dcgan_mnist.main(options)
         out, err = capsys.readouterr()
         return Outcome(code, out, err)
 
@@ -106,22 +66,6 @@ def fake_scores(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             fd, count = next(scores)
             return {"fd": fd, "digits": count, "evenness": 0.9, "confident": 0.5}
 
-        monkeypatch.setattr(dcgan_mnist, "Scorer", lambda _: score)
+        monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: score)
 
     return fake
-
-
-def new_gan(**changes: object) -> dcgan_mnist.DCGAN:
-    """Return untrained networks on the CPU, with the default settings but for the changes."""
-    settings = {name: dcgan_mnist.FLAGS[name][0] for name in dcgan_mnist.SETTINGS}
-    settings |= {"precision": "fp32"} | changes
-    return dcgan_mnist.DCGAN(settings, torch.device("cpu"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below a folder by its path in it."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }

@@ -9,19 +9,26 @@ import torch
 
 import dcgan_mnist
 
-if __name__ == "__main__":
-    Path(f"pid_{dcgan_mnist.RANK}").write_text(str(os.getpid()))
-    steps = []
+
+def main(rank: str, argv: list[str]) -> int:
+    """Run a command line; write the number of this process, and what it saw and made of it."""
+    Path(f"pid_{rank}").write_text(str(os.getpid()))
+    seen: dict[str, list[torch.Tensor]] = {"real": [], "z": [], "weights": []}
     original = dcgan_mnist.training_step
 
     def step(gan: dcgan_mnist.DCGAN, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        steps.append((gan, real.clone(), z.clone()))
-        return original(gan, real, z)
+        stats = original(gan, real, z)
+        seen["real"].append(real.clone())
+        seen["z"].append(z.clone())
+        networks = (gan.generator, gan.discriminator, gan.average)
+        seen["weights"] = [p.detach() for network in networks for p in network.parameters()]
+        return stats
 
     dcgan_mnist.training_step = step
-    code = small_program.main(sys.argv[1:])
-    gans, real, z = zip(*steps, strict=True)
-    networks = (gans[0].generator, gans[0].discriminator, gans[0].average)
-    weights = [p.detach() for network in networks for p in network.parameters()]
-    torch.save({"real": real, "z": z, "weights": weights}, f"kept_{dcgan_mnist.RANK}.pt")
-    sys.exit(code)
+    code = small_program.main(argv)
+    torch.save(seen, f"seen_{rank}.pt")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(os.environ["RANK"], sys.argv[1:]))

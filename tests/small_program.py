@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 # unused here: so that processes forked after this need not import them
@@ -12,18 +13,17 @@ import dcgan_mnist
 
 
 def main(argv: list[str]) -> int:
+    """Run a command line with small networks; return the exit code."""
     dcgan_mnist.WIDTH = 4
     dcgan_mnist.LATENT_DIM = 8
     return dcgan_mnist.main(argv)
 
 
 def run_silently(folder: Path, argv: list[str]) -> None:
-    """Run the program in a folder, with what it prints in a file there."""
+    """Run a command line in a folder, with what it prints in a file there; end the process."""
     os.chdir(folder)
-    with Path("printed.txt").open("a") as printed:
-        sys.stdout = sys.stderr = printed
+    with Path("printed.txt").open("a") as file, redirect_stdout(file), redirect_stderr(file):
         code = main(argv)
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     sys.exit(code)
 
 

@@ -1,224 +1,243 @@
+"""The command line: what is refused, how the program ends, and what it leaves as it was."""
+
+import dataclasses
+import io
+import itertools
+import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents
-from PIL import Image
-from test_pictures import digits_in
+from helpers import ROOT, RUN_FILES, THREE_STEPS, contents, saved
 
 import dcgan_mnist
+from dcgan_mnist import Failure, Settings
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch-size", "lr", "seed", "log-every", "generate"])
-@pytest.mark.parametrize("value", ["-1", "9" * 30, "9" * 5000, "ten", "", "nan", "inf", "1e999"])
-def test_numbers_that_make_no_sense_end_with_one_line(run, name: str, value: str):
+def raising(error: BaseException) -> Callable[..., NoReturn]:
+    """Return a function that raises an error, whatever it is called with."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
+# ------------------------------------------- wrong input ------------------------------------------
+RANGES = {
+    "epochs": ("1", "100000"),
+    "batch-size": ("1", "60000"),
+    "lr": ("1e-08", "1.0"),
+    "beta1": ("0.0", "0.9999"),
+    "beta2": ("0.0", "0.999999"),
+    "ema": ("0.0", "0.9999"),
+    "seed": ("0", "4294967295"),
+    "log-every": ("1", "1000000"),
+    "generate": ("1", "100000"),
+}
+NO_NUMBERS = ["-1", "9" * 30, "9" * 5000, "ten", "", "nan", "inf", "1e999", "1 2"]
+
+
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=[value[:30] for value in NO_NUMBERS])
+def test_numbers_that_make_no_sense_end_with_one_line_that_says_the_range(
+    run, name: str, value: str
+):
+    low, high = RANGES[name]
     outcome = run(f"--{name}={value}")
-    assert outcome.is_one_line(2, f"error: argument --{name}: ")
-    assert not any(Path().iterdir())
+    assert outcome.is_one_line(2, f"error: argument --{name}: must be a ", f"from {low} to {high}")
+    assert contents(".") == {}
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch-size", "lr", "log-every", "generate"])
-def test_zero_is_refused(run, name: str):
-    assert run(f"--{name}=0").is_one_line(2, f"error: argument --{name}: ")
-    assert not any(Path().iterdir())
+def test_zero_is_refused_where_it_makes_no_sense(run, name: str):
+    low, high = RANGES[name]
+    assert run(f"--{name}=0").is_one_line(2, f"error: argument --{name}: ", f"from {low} to {high}")
+    assert contents(".") == {}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_both_ends_of_a_range_are_in_it(name: str):
+    for end in RANGES[name]:
+        options = dcgan_mnist.parse_options([f"--{name}", end])
+        assert str(getattr(options, name.replace("-", "_"))) == end
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--beta1", "1"], ["--beta1", "0.9999"]),
-        (["--epochs", "1.5"], ["--epochs", "1.5"]),
+        (["--ema", "1"], ["--ema", "0.9999"]),
+        (["--epochs", "1.5"], ["--epochs", "whole number", "1.5"]),
         (["--split", "both"], ["--split", "both", "train"]),
         (["--device", "abacus"], ["--device", "abacus", "cpu"]),
+        (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
+        (["--recipe", "secret"], ["--recipe", "secret", "tuned"]),
         (["--batch-size", "61"], ["--batch-size", "60"]),
         (["--epoch", "3"], ["--epoch"]),
-        (["--generate", "3", "--dry-run"], ["--generate", "--dry-run"]),
-        (["--interpolate", "--dry-run"], ["--interpolate", "--dry-run"]),
-        (["--interpolate", "--generate", "3"], ["--interpolate", "--generate"]),
-        (["--evaluate", "--resume"], ["--evaluate", "--resume"]),
-        (["--recipe", "secret"], ["--recipe", "secret", "tuned"]),
-        (["--ema", "1"], ["--ema", "0.9999"]),
         (["--epochs"], ["--epochs"]),
+        (["--best"], ["--best", "--generate", "--interpolate", "--evaluate"]),
+        (["--best", "--evaluate", "digits.npy"], ["--best", "--evaluate without a file"]),
+        (["--generate", "3", "--lr", "0.1"], ["--lr", "--generate"]),
+        (["--interpolate", "--recipe", "tuned"], ["--recipe", "--interpolate"]),
+        (["--evaluate", "--split", "train"], ["--split", "--evaluate"]),
         (["line\nbreak"], ["line break"]),
     ],
 )
-def test_wrong_input_ends_with_one_line_and_leaves_nothing(run, argv, words):
-    if "--device" in argv:
-        assert dcgan_mnist.main(argv) == 2
-        return
+def test_wrong_input_ends_with_one_line_and_leaves_nothing(run, argv: list[str], words: list[str]):
     assert run(*argv).is_one_line(2, "error: ", *words)
-    assert not any(Path().iterdir())
+    assert contents(".") == {}
 
 
+MODES = [["--resume"], ["--dry-run"], ["--generate", "3"], ["--interpolate"], ["--evaluate"]]
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(MODES, 2)))
+def test_only_one_thing_can_be_asked_for(run, one: list[str], other: list[str]):
+    outcome = run(*one, *other)
+    assert outcome.is_one_line(2, f"{one[0]} and {other[0]} do not go together")
+    assert contents(".") == {}
+
+
+def test_wrong_input_does_not_touch_an_earlier_run(run):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents(".")
+    assert run("--batch-size", 61).code == 2
+    assert run("--epochs", 0).code == 2
+    assert run("--resume", "--lr", 0.1).code == 2
+    assert contents(".") == before
+
+
+@pytest.mark.parametrize("target", ["file", "file/below", "x" * 300])
+def test_an_output_folder_that_cannot_be_is_refused(run, target: str):
+    Path("file").write_text("mine")
+    assert run("--output-dir", target).is_one_line(2, "--output-dir", str(Path(target)))
+    assert contents(".") == {"file": b"mine"}
+
+
+def test_an_output_folder_that_cannot_be_written_to_is_refused(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    Path("closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert run("--output-dir", "closed").is_one_line(2, "--output-dir", "closed", "permission")
+
+
+# ------------------------------------------ the hardware ------------------------------------------
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there_ends_with_one_line(capsys, tmp_path, monkeypatch, device: str):
+def test_a_device_that_is_not_there_ends_with_one_line(
+    run, monkeypatch: pytest.MonkeyPatch, device: str
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
-    assert dcgan_mnist.main(["--device", device]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"dcgan_mnist.py: error: argument --device: this machine has no {device}")
-    assert err.count("\n") == 1
-    assert not any(tmp_path.iterdir())
+    outcome = run("--device", device)
+    assert outcome.is_one_line(2, f"error: argument --device: this machine has no {device}", "cpu")
+    assert contents(".") == {}
 
 
 @pytest.mark.parametrize(
     ("cuda", "mps", "expected"),
     [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
-def test_auto_takes_the_fastest_device(monkeypatch, cuda: bool, mps: bool, expected: str):
+def test_auto_takes_the_fastest_device(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    options = dcgan_mnist.parse_options(["--precision", "fp32"])
-    assert dcgan_mnist.pick_hardware(options).type == expected
+    assert dcgan_mnist.pick_device("auto", local_rank=0).type == expected
 
 
-@pytest.mark.parametrize("target", ["file", "file/below", "/proc/nowhere"])
-def test_an_output_folder_that_cannot_be_is_refused(run, target: str):
-    Path("file").write_text("mine")
-    assert run("--output-dir", target).is_one_line(2, "--output-dir", target)
-    assert contents(Path()) == {"file": b"mine"}
+def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices = [dcgan_mnist.pick_device("cuda", local_rank) for local_rank in (0, 1)]
+    assert devices == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    with pytest.raises(Failure, match="GPU"):
+        dcgan_mnist.pick_device("cuda", local_rank=2)
 
 
-def test_an_output_folder_that_cannot_be_written_to_is_refused(run, monkeypatch):
-    Path("closed").mkdir()
-    monkeypatch.setattr(dcgan_mnist.os, "access", lambda *_: False)
-    assert run("--output-dir", "closed").is_one_line(2, "--output-dir", "closed")
+def test_bf16_where_it_is_slow_costs_one_warning_and_not_the_run(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    outcome = run(*THREE_STEPS, "--epochs", 2, "--precision", "bf16")
+    assert (outcome.code, outcome.err) == (0, "")
+    (line,) = outcome.warnings()
+    assert "cpu" in line
+    assert "bf16" in line
+    assert set(contents("result")) == RUN_FILES
 
 
-def test_help_gives_every_default(capsys):
+# --------------------------------------------- the help -------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class OtherSettings(Settings):
+    """The settings with other defaults."""
+
+    recipe: str = "tuned"
+    batch_size: int = 7
+    lr: float = 0.125
+    beta1: float = 0.25
+    beta2: float = 0.75
+    ema: float = 0.5
+    seed: int = 12
+    split: str = "train"
+
+
+@pytest.mark.parametrize("defaults", [Settings, OtherSettings])
+def test_help_gives_the_default_of_every_flag(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, defaults: type[Settings]
+):
+    monkeypatch.setattr(dcgan_mnist, "Settings", defaults)
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as ended:
         dcgan_mnist.main(["--help"])
     assert ended.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
-    for name, (default, _, text) in dcgan_mnist.FLAGS.items():
-        assert f"--{name.replace('_', '-')}" in printed
-        assert f"(default: {default})" in printed
-        assert text in printed
+    printed = capsys.readouterr().out
+    described = dict(re.findall(r"^  (--[a-z0-9-]+)(.*?)(?=^  --|\Z)", printed, re.M | re.S))
+    in_use = vars(defaults()) | vars(dcgan_mnist.parse_options([]))
+    in_use["output_dir"] = dcgan_mnist.OUTPUT_DIR
+    in_use["data_dir"] = "MNIST beside the program"
+    assert {f"--{name.replace('_', '-')}" for name in in_use} == described.keys()
+    for name, default in in_use.items():
+        (shown,) = re.findall(r"\(default: (.+)\)$", described[f"--{name.replace('_', '-')}"], re.M)
+        assert default in (None, False) or shown == str(default)
 
 
-def test_dry_run_takes_three_steps_in_each_of_two_epochs(run):
-    out = run("--dry-run", "--epochs", 9, "--batch-size", 10, "--log-every", 1).out
-    assert [line for line in out.splitlines() if line.startswith("Epoch")] == [
-        "Epoch 1/2",
-        "Epoch 2/2",
-    ]
-    assert out.count("/3) ds_loss") == 6
+# ------------------------------------------ how it ends -------------------------------------------
+@pytest.mark.parametrize(
+    ("place", "hint"),
+    [
+        ("pick_device", "to begin again, run the same command"),
+        ("load_digits", "to begin again, run the same command"),
+        ("fastest_step", "to begin again, run the same command"),
+        ("training_step", "to begin again, run the same command"),
+        ("draw", "to begin again, run the same command"),
+        ("grid", "epoch 1 is saved; to go on, run the same command with --resume"),
+        ("curves", "epoch 1 is saved; to go on, run the same command with --resume"),
+    ],
+)
+def test_ctrl_c_anywhere_ends_with_one_line_that_says_how_to_go_on(
+    run, monkeypatch: pytest.MonkeyPatch, place: str, hint: str
+):
+    monkeypatch.setattr(dcgan_mnist, place, raising(KeyboardInterrupt()))
+    outcome = run(*THREE_STEPS, "--epochs", 2)
+    assert outcome.is_one_line(130, f"dcgan_mnist.py: stopped: {hint}")
 
 
-def test_generate_draws_digits_without_training(run):
-    run("--epochs", 1, "--batch-size", 20)
-    before = contents(Path())
-    outcome = run("--generate", 123)
+def test_it_trains_in_a_thread_other_than_the_first(run):
+    with ThreadPoolExecutor() as pool:
+        outcome = pool.submit(run, *THREE_STEPS, "--epochs", 2).result()
     assert (outcome.code, outcome.err) == (0, "")
-    after = contents(Path())
-    assert set(after) - set(before) == {"result/generated.npy", "result/generated.png"}
-    assert all(after[name] == before[name] for name in before)
-    digits = np.load("result/generated.npy")
-    assert (digits.shape, digits.dtype) == ((123, 28, 28), np.uint8)
-    with Image.open("result/generated.png") as picture:
-        assert picture.size == (604, 604)
-
-
-def test_generate_one_gives_a_picture_of_one_digit(run):
-    run("--epochs", 1, "--batch-size", 20)
-    run("--generate", 1)
-    assert np.load("result/generated.npy").shape == (1, 28, 28)
-    with Image.open("result/generated.png") as picture:
-        assert picture.size == (56, 56)
-
-
-def test_generate_follows_the_seed(run):
-    run("--epochs", 3, "--batch-size", 10, "--lr", 0.02)
-    drawn = []
-    for seed in (0, 0, 1):
-        run("--generate", 5, "--seed", seed)
-        drawn.append(np.load("result/generated.npy"))
-    assert (drawn[0] == drawn[1]).all()
-    assert (drawn[0] != drawn[2]).any()
-
-
-def test_generate_needs_a_checkpoint(run):
-    assert run("--generate", 5).is_one_line(1, "error: ", "result/checkpoint.pt", "train first")
-    assert not any(Path().iterdir())
-
-
-def test_interpolate_draws_ten_walks_without_training(run):
-    run("--epochs", 2, "--batch-size", 10, "--lr", 0.02)
-    before = contents(Path())
-    outcome = run("--interpolate")
-    assert (outcome.code, outcome.err) == (0, "")
-    after = contents(Path())
-    assert set(after) - set(before) == {"result/interpolation.png"}
-    assert all(after[name] == before[name] for name in before)
-    rows = digits_in(Path("result/interpolation.png"), rows=10).view(10, 10, 28, 28)
-    run("--generate", 20)
-    ends = torch.from_numpy(np.load("result/generated.npy")).int()
-    assert (rows[:, 0] - ends[:10]).abs().max() <= 1
-    assert (rows[:, -1] - ends[10:]).abs().max() <= 1
-    run("--interpolate", "--seed", 1)
-    assert contents(Path())["result/interpolation.png"] != after["result/interpolation.png"]
-
-
-def test_interpolate_needs_a_checkpoint(run):
-    assert run("--interpolate").is_one_line(1, "error: ", "result/checkpoint.pt", "train first")
-
-
-def test_walks_go_along_the_sphere_in_equal_steps():
-    stream = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 5, 100, 1, 1, generator=stream)
-    steps = dcgan_mnist.walk(a, b).view(5, 10, 100)
-    torch.testing.assert_close(steps[:, 0], a.flatten(1))
-    torch.testing.assert_close(steps[:, -1], b.flatten(1))
-    a, b = torch.eye(100)[:2].view(2, 1, 100, 1, 1)
-    steps = dcgan_mnist.walk(3 * a, 3 * b).view(10, 100)
-    torch.testing.assert_close(steps.norm(dim=1), torch.full((10,), 3.0))
-    angles = torch.atan2(steps[:, 1], steps[:, 0])
-    torch.testing.assert_close(angles, torch.linspace(0, torch.pi / 2, 10))
-
-
-def test_generating_many_digits_takes_bounded_memory(run, monkeypatch):
-    run("--epochs", 1, "--batch-size", 20)
-    sizes = []
-    original = dcgan_mnist.Generator.forward
-
-    def spy(self: dcgan_mnist.Generator, z: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(z))
-        return original(self, z)
-
-    monkeypatch.setattr(dcgan_mnist.Generator, "forward", spy)
-    assert run("--generate", 10_000).code == 0
-    assert max(sizes) <= 500
-    assert np.load("result/generated.npy").shape == (10_000, 28, 28)
-
-
-def test_a_second_run_replaces_the_first_but_keeps_its_networks(run):
-    assert "Replacing" not in run("--epochs", 3, "--batch-size", 20, "--seed", 1).out
-    first = contents(Path("result"))
-    mine = {"notes.txt": b"a", "generated_epoch_1.png": b"b", "example/timeline.png": b"c"}
-    for name, content in mine.items():
-        (Path("result") / name).parent.mkdir(exist_ok=True)
-        (Path("result") / name).write_bytes(content)
-    outcome = run("--epochs", 2, "--batch-size", 20, "--seed", 2)
-    assert [line for line in outcome.out.splitlines() if "Replacing" in line] == [
-        "Replacing the earlier run in result; checkpoint.previous.pt keeps its networks"
-    ]
-    second = contents(Path("result"))
-    assert "generated_epoch_003.png" not in second
-    assert second["checkpoint.previous.pt"] == first["checkpoint.pt"]
-    assert second["checkpoint.pt"] != first["checkpoint.pt"]
-    assert {name: second[name] for name in mine} == mine
-
-
-def test_wrong_input_does_not_touch_an_earlier_run(run):
-    run("--epochs", 1, "--batch-size", 20)
-    before = contents(Path())
-    assert run("--batch-size", 61).code == 2
-    assert run("--epochs", 0).code == 2
-    assert contents(Path()) == before
+    assert set(contents("result")) == RUN_FILES
 
 
 def test_the_command_itself_returns_the_exit_code(tmp_path: Path):
@@ -228,3 +247,203 @@ def test_the_command_itself_returns_the_exit_code(tmp_path: Path):
     assert done.stdout == ""
     assert done.stderr.startswith("dcgan_mnist.py: error: argument --epochs")
     assert done.stderr.count("\n") == 1
+
+
+# ------------------------------------ what it leaves as it was ------------------------------------
+def surroundings() -> dict[str, object]:
+    """Return all that a program that calls ``main`` may rely on."""
+    return {
+        "folder": Path.cwd(),
+        "files": contents("."),
+        "temporary files": contents(tempfile.gettempdir()),
+        "streams": (sys.stdout, sys.stderr),
+        "error handlers": (sys.stdout.errors, sys.stderr.errors),
+        "signal handlers": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+        "deterministic": torch.backends.cudnn.deterministic,
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "random numbers": torch.get_rng_state().tolist(),
+        "environment": dict(os.environ),
+    }
+
+
+@pytest.fixture(params=[False, True])
+def unusual_surroundings(
+    request: pytest.FixtureRequest,
+    run: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Let things be set otherwise than the program would set them."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", request.param)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+
+
+def send(signum: int) -> Callable[..., NoReturn]:
+    """Return a function that lets this process get a signal."""
+
+    def send_it(*_: object) -> NoReturn:
+        signal.raise_signal(signum)
+        raise AssertionError("the signal came to nothing")
+
+    return send_it
+
+
+@pytest.mark.usefixtures("unusual_surroundings")
+@pytest.mark.parametrize(
+    ("step", "code"),
+    [
+        (lambda *_: torch.full((5,), 0.5), 0),
+        (lambda *_: torch.full((5,), torch.nan), 1),
+        (raising(Failure("the world got in the way")), 1),
+        (raising(OSError(28, "No space left on device")), 1),
+        (raising(torch.OutOfMemoryError("CUDA out of memory")), 1),
+        (raising(KeyboardInterrupt()), 130),
+        (send(signal.SIGINT), 130),
+        (send(signal.SIGTERM), 143),
+    ],
+    ids=["done", "diverged", "failed", "full", "memory", "Ctrl-C", "SIGINT", "SIGTERM"],
+)
+def test_everything_is_as_before_after_a_run_however_it_ends(
+    run, monkeypatch: pytest.MonkeyPatch, step: Callable, code: int
+):
+    monkeypatch.setattr(dcgan_mnist, "training_step", step)
+    before = surroundings()
+    outcome = run(*THREE_STEPS, "--dry-run")
+    assert surroundings() == before
+    assert outcome.code == code
+    assert len(outcome.err.splitlines()) == (code != 0)
+
+
+@pytest.mark.usefixtures("unusual_surroundings")
+@pytest.mark.parametrize(
+    ("argv", "code"), [(["--epochs", "0"], 2), (["--generate", "3"], 1), (["--resume"], 1)]
+)
+def test_everything_is_as_before_after_a_command_that_cannot_be(run, argv: list[str], code: int):
+    before = surroundings()
+    assert run(*argv).code == code
+    assert surroundings() == before
+
+
+@pytest.mark.usefixtures("unusual_surroundings")
+def test_everything_is_as_before_after_a_fault_of_the_program_or_the_help(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dcgan_mnist, "training_step", raising(ZeroDivisionError()))
+    before = surroundings()
+    with pytest.raises(ZeroDivisionError):
+        run(*THREE_STEPS, "--dry-run")
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert surroundings() == before
+
+
+@pytest.mark.usefixtures("unusual_surroundings")
+def test_everything_is_as_before_in_a_process_that_prints_nothing(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in torchrun_environment(RANK="1").items():
+        monkeypatch.setenv(name, value)
+    before = surroundings()
+    outcome = run("--epochs", 0)
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", "")
+    assert surroundings() == before
+
+
+# ------------------------------------ the environment of torchrun ---------------------------------
+def torchrun_environment(**changes: str | None) -> dict[str, str]:
+    """Return what torchrun says to the first of two processes, but for changes; None: nothing."""
+    complete = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
+    }
+    return {name: value for name, value in (complete | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "1"}, ["WORLD_SIZE", "torchrun"]),
+        ({"WORLD_SIZE": "2"}, ["RANK", "torchrun"]),
+        (torchrun_environment(WORLD_SIZE=None), ["WORLD_SIZE", "torchrun"]),
+        (torchrun_environment(RANK=None), ["RANK", "torchrun"]),
+        (torchrun_environment(MASTER_ADDR=None), ["MASTER_ADDR", "torchrun"]),
+        (torchrun_environment(MASTER_PORT=None), ["MASTER_PORT", "torchrun"]),
+        (torchrun_environment(RANK="one"), ["'one'"]),
+        (torchrun_environment(RANK=""), ["''"]),
+        (torchrun_environment(RANK="9" * 5000), []),
+        (torchrun_environment(WORLD_SIZE="two"), ["'two'"]),
+        (torchrun_environment(LOCAL_RANK="zero"), ["'zero'"]),
+        (torchrun_environment(RANK="2"), ["RANK=2", "WORLD_SIZE=2", "torchrun"]),
+        (torchrun_environment(RANK="-1"), ["RANK=-1", "torchrun"]),
+        (torchrun_environment(WORLD_SIZE="0"), ["WORLD_SIZE=0", "torchrun"]),
+    ],
+)
+def test_half_an_environment_of_torchrun_is_refused_with_one_line(
+    run, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: list[str]
+):
+    for name in torchrun_environment():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run("--epochs", 1).is_one_line(2, "error: ", *words)
+    assert contents(".") == {}
+
+
+# ----------------------------------- what the console cannot show ---------------------------------
+FOLDER = "résultat 数字"
+SHOWN = {
+    "ascii": r"r\xe9sultat \u6570\u5b57",
+    "cp932": r"r\xe9sultat 数字",  # Japanese has no accents
+}
+
+
+@pytest.mark.parametrize("encoding", SHOWN)
+def test_a_console_that_lacks_characters_shows_escapes_instead(
+    tmp_path: Path, data_dir: Path, encoding: str
+):
+    command = [sys.executable, ROOT / "tests" / "small_program.py", "--data-dir", data_dir]
+    command += ["--epochs", "1", "--no-score", "--device", "cpu", "--output-dir", FOLDER]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert f"saved to {SHOWN[encoding]} after" in done.stdout.decode(encoding)
+    assert saved(tmp_path / FOLDER)["epoch"] == 1
+
+
+@pytest.mark.parametrize("encoding", SHOWN)
+def test_a_failure_too_is_said_on_a_console_that_lacks_characters(
+    run, monkeypatch: pytest.MonkeyPatch, encoding: str
+):
+    console = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stderr", console)
+    assert run("--generate", 3, "--output-dir", FOLDER).code == 1
+    console.flush()
+    line = console.buffer.getvalue().decode(encoding)
+    assert line.startswith(f"dcgan_mnist.py: error: there is no {SHOWN[encoding]}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_whose_name_is_no_text_can_be_written_to(run):
+    folder = os.fsdecode(b"\xff")
+    outcome = run(*THREE_STEPS, "--epochs", 1, "--output-dir", folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert saved(folder)["epoch"] == 1
+
+
+# -------------------------------------------- a dry run -------------------------------------------
+def test_dry_run_takes_three_steps_in_each_of_two_epochs(run):
+    out = run("--dry-run", "--epochs", 9, "--batch-size", 10, "--log-every", 1).out
+    assert re.findall(r"^Epoch .*", out, re.MULTILINE) == ["Epoch 1/2", "Epoch 2/2"]
+    assert out.count("/3) ds_loss") == 6

@@ -1,3 +1,6 @@
+"""The digits: what is bundled, downloads, damaged files, images, random streams."""
+
+import gc
 import gzip
 import hashlib
 import http.server
@@ -11,16 +14,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, contents, write_idx, write_split
+from helpers import ROOT, contents, write_split
 from torchvision.datasets import MNIST
 
-from dcgan_mnist import load_digits
+from dcgan_mnist import load_digits, random_stream, to_images
 
+IMAGES = "t10k-images-idx3-ubyte"
+LABELS = "t10k-labels-idx1-ubyte"
 BUNDLED = {
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 TRAIN_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+DAMAGED = {  # which of the data_dir fixture's files, and what becomes of its bytes
+    "truncated": (IMAGES, lambda whole: whole[: len(whole) // 2]),
+    "one byte short": (IMAGES, lambda whole: whole[:-1]),
+    "too long": (IMAGES, lambda whole: whole + b"\0"),
+    "empty": (IMAGES, lambda _: b""),
+    "header only": (IMAGES, lambda whole: whole[:16]),
+    "a JPEG": (IMAGES, lambda _: b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(1000)),
+    "images of 32 x 32": (
+        IMAGES,
+        lambda whole: whole[:8] + bytes([0, 0, 0, 32, 0, 0, 0, 32]) + bytes(60 * 32 * 32),
+    ),
+    "labels for images": (IMAGES, lambda _: bytes([0, 0, 8, 1, 0, 0, 0, 60]) + bytes(60)),
+    "59 labels": (LABELS, lambda whole: whole[:7] + bytes([59]) + whole[8:-1]),
+    "text": (LABELS, lambda _: b"<html>403 Forbidden</html>"),
+}
 
 
 @pytest.fixture
@@ -44,7 +64,7 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         packed = gzip.compress(path.read_bytes())
         (folder / f"{path.name}.gz").write_bytes(packed)
         resources.append((f"{path.name}.gz", hashlib.md5(packed).hexdigest()))
-    resources += [("t10k-images-idx3-ubyte.gz", ""), ("t10k-labels-idx1-ubyte.gz", "")]
+    resources += [(f"{IMAGES}.gz", ""), (f"{LABELS}.gz", "")]
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: object) -> None:
@@ -54,11 +74,13 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        serve = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        serve.start()
         monkeypatch.setattr(MNIST, "resources", resources)
         monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
         yield folder
         server.shutdown()
+    gc.collect()  # torchvision leaves sockets open, of which Python would warn in another test
 
 
 def test_the_bundled_split_is_whole():
@@ -73,18 +95,28 @@ def test_the_bundled_split_is_whole():
 
 def test_the_default_data_needs_no_network(tmp_path: Path):
     code = (
-        "import socket, sys, runpy\n"
+        "import socket, sys\n"
         "def refuse(*a, **k): raise SystemExit('a socket was opened')\n"
         "socket.socket.__init__ = socket.getaddrinfo = refuse\n"
-        "sys.argv = ['dcgan_mnist.py', '--dry-run', '--device', 'cpu']\n"
-        f"runpy.run_path({str(ROOT / 'dcgan_mnist.py')!r}, run_name='__main__')\n"
+        "import dcgan_mnist\n"
+        "dcgan_mnist.SCORER_EPOCHS = 1\n"
+        "dcgan_mnist.SCORED = 100\n"
+        "sys.exit(dcgan_mnist.main(['--dry-run', '--device', 'cpu']))\n"
     )
-    command = [sys.executable, "-c", code]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}  # the other tests need the other core
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    # on one thread, for the other tests need the other core
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "Training on 10,000 digits on cpu in " in done.stdout
-    assert (tmp_path / "result" / "generated_epoch_002.png").exists()
+    assert "The dry run went well" in done.stdout
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("no_network")
@@ -97,79 +129,46 @@ def test_a_failed_download_says_which_files_to_place_and_where(run, data_dir: Pa
 
 @pytest.mark.usefixtures("no_network")
 def test_a_missing_file_is_named(run, data_dir: Path):
-    (data_dir / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    (data_dir / "MNIST" / "raw" / LABELS).unlink()
     outcome = run()
-    assert outcome.is_one_line(1, "error: ", "t10k-labels-idx1-ubyte", "place")
+    assert outcome.is_one_line(1, "error: ", LABELS, "place")
 
 
 def test_the_training_split_is_downloaded_once_and_alone(run, mirror: Path, data_dir: Path):
-    assert "Training on 30 digits" in run("--split", "train", "--dry-run", "--batch-size", 8).out
+    train = ("--split", "train", "--dry-run", "--batch-size", 8)
+    assert "Training on 30 digits" in run(*train).out
     fetched = {path.name for path in (data_dir / "MNIST" / "raw").iterdir()} - set(BUNDLED)
     assert fetched == {*TRAIN_FILES, *(f"{name}.gz" for name in TRAIN_FILES)}
     for path in mirror.glob("*.gz"):
         path.unlink()
-    again = run("--split", "train", "--dry-run", "--batch-size", 8)
+    again = run(*train)
     assert (again.code, again.err) == (0, "")
 
 
 @pytest.mark.parametrize("fault", ["gone", "wrong"])
 def test_a_mirror_that_fails_ends_with_one_line(run, mirror: Path, fault: str):
     for path in mirror.glob("*.gz"):
-        path.unlink() if fault == "gone" else path.write_bytes(b"not the data")
+        if fault == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(b"not the data")
     outcome = run("--split", "train")
     assert outcome.code == 1
     assert "Traceback" not in outcome.err
-    last = outcome.err.splitlines()[-1]
+    last = outcome.err.splitlines()[-1]  # after torchvision's progress bar
     assert last.startswith("dcgan_mnist.py: error: ")
     assert all(name in last for name in TRAIN_FILES)
 
 
-def damage(kind: str, raw: Path) -> None:
-    images, labels = (raw / name for name in sorted(BUNDLED))
-    whole = images.read_bytes()
-    if kind == "truncated":
-        images.write_bytes(whole[: len(whole) // 2])
-    elif kind == "one byte short":
-        images.write_bytes(whole[:-1])
-    elif kind == "too long":
-        images.write_bytes(whole + b"\0")
-    elif kind == "empty":
-        images.write_bytes(b"")
-    elif kind == "header only":
-        images.write_bytes(whole[:16])
-    elif kind == "a JPEG":
-        images.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(1000))
-    elif kind == "text":
-        labels.write_text("<html>403 Forbidden</html>")
-    elif kind == "other size":
-        write_idx(images, torch.zeros(60, 32, 32, dtype=torch.uint8))
-    elif kind == "fewer labels":
-        write_idx(labels, torch.zeros(59, dtype=torch.uint8))
-    elif kind == "swapped":
-        images.write_bytes(labels.read_bytes())
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "truncated",
-        "one byte short",
-        "too long",
-        "empty",
-        "header only",
-        "a JPEG",
-        "text",
-        "other size",
-        "fewer labels",
-        "swapped",
-    ],
-)
+@pytest.mark.parametrize("kind", DAMAGED)
 def test_damaged_or_foreign_files_end_with_one_line(run, data_dir: Path, kind: str):
     raw = data_dir / "MNIST" / "raw"
-    damage(kind, raw)
+    name, damage = DAMAGED[kind]
+    path = raw / name
+    path.write_bytes(damage(path.read_bytes()))
     before = contents(data_dir)
     outcome = run()
-    assert outcome.is_one_line(1, "error: ", "t10k-images-idx3-ubyte", str(raw), "damaged")
+    assert outcome.is_one_line(1, "error: ", IMAGES, str(raw), "damaged")
     assert contents(data_dir) == before
     assert not Path("result").exists()
 
@@ -180,3 +179,21 @@ def test_other_data_in_the_same_files_just_works(run, data_dir: Path):
     assert labels.tolist() == [i % 10 for i in range(60)]
     assert digits.dtype == torch.uint8
     assert "Training on 60 digits" in run("--dry-run", "--batch-size", 20).out
+
+
+def test_images_go_from_minus_one_for_black_to_one_for_white():
+    digits = torch.tensor([255, 0, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 28, 28)
+    images = to_images(digits)
+    assert images.shape == (3, 1, 28, 28)
+    assert images[:, 0, 0, 0].tolist() == [1.0, -1.0, 1.0]
+
+
+def test_epochs_and_seeds_have_their_own_random_numbers():
+    noises = [
+        torch.randn(1, generator=random_stream(seed, stream)).item()
+        for seed in (0, 1)
+        for stream in (-2, -1, 0, 1, 2)
+    ]
+    assert len(set(noises)) == len(noises)
+    first = torch.randn(4, generator=random_stream(3, 7))
+    assert torch.equal(first, torch.randn(4, generator=random_stream(3, 7)))

@@ -1,52 +1,61 @@
-import itertools
+"""The pictures: what a run shows of its digits and figures, and the functions that draw them."""
+
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import new_gan, write_split
-from PIL import Image
+from helpers import (
+    GRID_SIZE,
+    RUN_FILES,
+    THREE_STEPS,
+    contents,
+    digits_in,
+    new_gan,
+    saved,
+    size_of,
+    write_split,
+)
+from PIL import Image, ImageSequence
+from torch import nn
 
 import dcgan_mnist
-from dcgan_mnist import draw, grid, write_results
+from dcgan_mnist import (
+    FIXED_NOISE,
+    SAMPLES,
+    RunFolder,
+    curves,
+    draw,
+    grid,
+    make_noise,
+    nearest,
+    stacked,
+    stages,
+)
 
-FILES = {
-    "real_samples.png",
-    "generated_epoch_001.png",
-    "generated_epoch_002.png",
-    "timeline.png",
-    "training.gif",
-    "loss_curve.png",
-    "history.csv",
-    "checkpoint.pt",
-}
-GRID_SIZE = (604, 304)  # ten digits by five, each 28 pixels and 2 between them, doubled
-
-
-def size_of(path: Path | str) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
+STAGE_SIZE = (GRID_SIZE[0], GRID_SIZE[1] + 32)  # a grid and its caption
 
 
-def digits_in(path: Path, rows: int = 5) -> torch.Tensor:
-    """Read the digits (rows * 10, 28, 28) out of a picture."""
-    with Image.open(path) as image:
-        picture = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    picture = picture.view(-1, GRID_SIZE[0])[::2, ::2]
-    cells = [
-        picture[2 + 30 * row : 30 * row + 30, 2 + 30 * column : 30 * column + 30]
-        for row in range(rows)
-        for column in range(10)
-    ]
-    return torch.stack(cells)
+def flat(level: int, count: int = SAMPLES) -> torch.Tensor:
+    """Return digits (count, 28, 28) that are all of one grey level."""
+    return torch.full((count, 28, 28), level, dtype=torch.uint8)
 
 
-def saved(folder: str = "result") -> dict:
-    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+def flat_epochs(count: int) -> torch.Tensor:
+    """Return the samples of epochs, each of the grey level of its number."""
+    return torch.stack([flat(epoch) for epoch in range(1, count + 1)])
 
 
+def figures(*values: float, repeat: int = 1) -> dict[str, torch.Tensor]:
+    """Return a history in which every figure takes these values over and over."""
+    column = torch.tensor(values).repeat(repeat)
+    return dict.fromkeys((*dcgan_mnist.STATS, *dcgan_mnist.SCORES), column)
+
+
+# -------------------------------------- the pictures of a run -------------------------------------
 def test_a_run_writes_every_file_and_nothing_else(run):
-    assert run("--epochs", 2, "--batch-size", 20).code == 0
-    assert {path.name for path in Path("result").iterdir()} == FILES
+    assert run(*THREE_STEPS, "--epochs", 2).code == 0
+    assert set(contents("result")) == RUN_FILES
 
 
 @pytest.mark.parametrize("batch_size", [8, 50, 60])
@@ -56,132 +65,188 @@ def test_any_batch_size_gives_grids_of_fifty(run, batch_size: int):
         assert size_of(f"result/{name}") == GRID_SIZE
 
 
-def test_fewer_than_fifty_digits_still_give_every_picture(run, tmp_path: Path):
-    write_split(tmp_path / "data", 7)
+def test_fewer_than_fifty_digits_still_give_every_picture(run, data_dir: Path):
+    write_split(data_dir, 7)
     assert run("--epochs", 2, "--batch-size", 3).code == 0
-    assert {path.name for path in Path("result").iterdir()} == FILES
+    assert set(contents("result")) == RUN_FILES
 
 
-def test_real_samples_are_the_first_digits_training_sees(run, monkeypatch):
+def test_real_samples_are_the_first_digits_training_sees(run, monkeypatch: pytest.MonkeyPatch):
     seen = []
     original = dcgan_mnist.training_step
 
-    def spy(gan: object, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def spy(gan: dcgan_mnist.DCGAN, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         seen.append(real)
         return original(gan, real, z)
 
     monkeypatch.setattr(dcgan_mnist, "training_step", spy)
-    run("--epochs", 1)
+    run("--epochs", 1, "--batch-size", 50)
     first = ((seen[0] + 1) * 127.5).round().byte().squeeze(1)
-    assert torch.equal(digits_in(Path("result/real_samples.png")), first)
+    assert torch.equal(digits_in("result/real_samples.png"), first)
 
 
-def test_every_picture_is_drawn_from_the_same_noise(run):
-    noises = []
+def test_the_picture_of_every_epoch_is_drawn_from_the_same_noise(run):
+    z = make_noise(SAMPLES, 0, FIXED_NOISE)
     for epochs in (1, 2):
-        run("--epochs", epochs, "--batch-size", 20, "--output-dir", str(epochs))
-        state = saved(str(epochs))
-        gan = new_gan(**state["settings"])
-        gan.average.load_state_dict(state["average"])
-        noises.append(state["fixed_noise"])
-        drawn = draw(gan.average, state["fixed_noise"])
-        path = Path(str(epochs)) / f"generated_epoch_{epochs:03d}.png"
-        assert torch.equal(digits_in(path), drawn)
-    assert torch.equal(*noises)
+        run(*THREE_STEPS, "--epochs", epochs, "--precision", "fp32", "--output-dir", epochs)
+        gan = new_gan()
+        gan.restore(saved(str(epochs)))
+        picture = f"{epochs}/generated_epoch_{epochs:03d}.png"
+        assert torch.equal(digits_in(picture), draw(gan.average, z))
 
 
-def test_minus_one_is_black_and_one_is_white_without_stretching():
-    class Ramp(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.levels = torch.nn.Parameter(torch.tensor([-1.0, -0.5, 0.0, 1.0]))
-
-        def forward(self, z: torch.Tensor) -> torch.Tensor:
-            return self.levels.view(4, 1, 1, 1).expand(4, 1, 28, 28)
-
-    digits = draw(Ramp(), torch.zeros(4, 1, 1, 1))
-    assert digits[:, 0, 0].tolist() == [0, 64, 128, 255]
-    assert grid(digits[1:3]).getextrema() == (0, 128)
+def test_the_animation_shows_the_stages_of_the_timeline_again_and_again(tmp_path: Path):
+    RunFolder(tmp_path).write_pictures(flat_epochs(12), flat(255), figures(0.5, repeat=12))
+    with Image.open(tmp_path / "timeline.png") as timeline:
+        timeline_stages = np.split(np.asarray(timeline), 11)
+    with Image.open(tmp_path / "training.gif") as animation:
+        assert animation.info["loop"] == 0
+        frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(animation)]
+    np.testing.assert_array_equal(frames, timeline_stages)
 
 
-@pytest.mark.usefixtures("small_networks")
-def test_drawing_changes_nothing():
-    gan = new_gan()
-    before = {name: tensor.clone() for name, tensor in gan.average.state_dict().items()}
-    state = torch.get_rng_state()
-    graphs = []
-    gan.average.register_forward_hook(lambda *call: graphs.append(call[2].requires_grad))
-    digits = draw(gan.average, gan.fixed_noise)
-    assert torch.equal(state, torch.get_rng_state())
-    after = gan.average.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert graphs == [False]
-    assert all(p.grad is None for p in gan.average.parameters())
-    assert torch.equal(digits, draw(gan.average, gan.fixed_noise))
-
-
-@pytest.mark.usefixtures("small_networks")
-def test_a_digit_does_not_depend_on_those_drawn_with_it():
-    generator = new_gan().average
-    z = torch.randn(501, dcgan_mnist.LATENT_DIM, 1, 1, generator=torch.Generator().manual_seed(0))
-    together = draw(generator, z)
-    assert together.shape == (501, 28, 28)
-    assert (together[500].int() - draw(generator, z[500:])[0].int()).abs().max() <= 1
+# ------------------------------------------- the functions ----------------------------------------
+def test_functions_that_draw_pictures_write_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    pictures = [
+        grid(flat(7), "a caption"),
+        *stages(flat_epochs(3), flat(255)),
+        stacked([grid(flat(7)), grid(flat(8))]),
+        curves(figures(0.5, repeat=3)),
+        nearest(flat(7), flat(8)),
+    ]
+    assert all(isinstance(picture, Image.Image) for picture in pictures)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("count", "size"), [(1, (56, 56)), (10, (604, 64)), (11, (604, 124)), (100, (604, 604))]
 )
 def test_grids_have_ten_digits_a_row(count: int, size: tuple[int, int]):
-    assert grid(torch.zeros(count, 28, 28, dtype=torch.uint8)).size == size
+    assert grid(flat(0, count)).size == size
 
 
-@pytest.mark.usefixtures("small_networks")
+def test_a_caption_stands_above_the_digits_and_hides_none():
+    plain = np.asarray(grid(flat(100)))
+    captioned = np.asarray(grid(flat(100), "epoch 7"))
+    assert captioned.shape == (STAGE_SIZE[1], STAGE_SIZE[0])
+    assert (captioned[32:] == plain).all()
+    assert captioned[:32].any()
+    assert (captioned[:32] != np.asarray(grid(flat(100), "epoch 8"))[:32]).any()
+
+
+def test_grey_levels_are_never_stretched():
+    dull = torch.cat([flat(64, 10), flat(128, 40)])
+    between = {0, 64, 128}  # black is between the digits
+    assert set(np.unique(grid(dull))) == between
+    assert set(np.unique(nearest(dull, dull))) == between
+    for stage in stages(dull[None], dull):
+        assert set(np.unique(np.asarray(stage)[32:])) == between
+
+
 @pytest.mark.parametrize(("epochs", "shown"), [(1, 1), (10, 10), (25, 10)])
-def test_timeline_and_animation_show_at_most_ten_epochs_and_the_real_digits_last(
-    tmp_path: Path, epochs: int, shown: int
+def test_stages_are_at_most_ten_epochs_evenly_chosen_and_the_real_digits_last(
+    epochs: int, shown: int
 ):
+    pictures = stages(flat_epochs(epochs), flat(255))
+    assert {picture.size for picture in pictures} == {STAGE_SIZE}
+    levels = [picture.getpixel((4, 36)) for picture in pictures]
+    assert len(levels) == shown + 1
+    assert levels[0] == 1
+    assert levels[-2:] == [epochs, 255]
+    distances = np.diff(levels[:-1])
+    assert (distances > 0).all()
+    assert np.ptp(distances) <= 1 if shown > 1 else len(distances) == 0
+
+
+def test_stages_have_one_size_also_with_few_real_digits():
+    pictures = stages(flat_epochs(2), flat(255, 7))
+    assert {picture.size for picture in pictures} == {STAGE_SIZE}
+
+
+def test_stacked_pictures_are_one_below_the_other():
+    stack = np.asarray(stacked([grid(flat(1, 10)), grid(flat(2, 20))]))
+    assert stack.shape == (64 + 124, 604)
+    assert set(np.unique(stack[:64])) == {0, 1}
+    assert set(np.unique(stack[64:])) == {0, 2}
+
+
+def test_curves_show_every_step_of_a_short_run_and_means_of_a_long_one():
+    def are_alike(repeat: int) -> bool:
+        level = curves(figures(0.5, 0.5, 0.5, repeat=repeat))
+        rising = curves(figures(0.25, 0.5, 0.75, repeat=repeat))
+        return level.tobytes() == rising.tobytes()
+
+    assert not are_alike(133)  # 399 steps
+    assert are_alike(400)  # 1,200 steps: means of three
+
+
+@pytest.mark.parametrize("steps", [1, 401])
+@pytest.mark.parametrize(("value", "distance"), [(0.0, torch.nan), (1e-38, 1e-38), (3e38, 3e38)])
+def test_curves_can_be_drawn_whatever_the_figures_are(steps: int, value: float, distance: float):
+    history = figures(value, repeat=steps)
+    history["fd"] = torch.full((steps,), distance)
+    assert curves(history).size == (1000, 1000)
+
+
+def test_the_nearest_digits_are_found_among_the_real_ones(tmp_path: Path):
+    stream = torch.Generator().manual_seed(0)
+    real = torch.randint(0, 256, (500, 28, 28), generator=stream).byte()
+    noise = 20 * torch.randn(25, 28, 28, generator=stream)
+    generated = (real[100:125] + noise).clamp(0, 255).byte()
+    nearest(generated, real).save(tmp_path / "nearest.png")
+    rows = [generated[:10], real[100:110], generated[10:20], real[110:120]]
+    assert torch.equal(digits_in(tmp_path / "nearest.png", rows=4), torch.cat(rows))
+
+    nearest(generated[:3], real).save(tmp_path / "few.png")
+    again_and_again = real[100:103].repeat(4, 1, 1)[:10]
+    assert torch.equal(digits_in(tmp_path / "few.png", rows=4)[10:20], again_and_again)
+
+
+# --------------------------------------------- drawing --------------------------------------------
+@pytest.mark.usefixtures("small_networks")
+def test_drawing_changes_nothing():
     gan = new_gan()
-    gan.epoch, gan.history = epochs, torch.ones(epochs, 9)
-    gan.samples = torch.arange(1, epochs + 1).byte().view(-1, 1, 1, 1).expand(-1, 50, 28, 28)
-    real = torch.full((50, 28, 28), 255, dtype=torch.uint8)
-    write_results(gan, real, tmp_path)
-
-    stage = GRID_SIZE[1] + 32
-    with Image.open(tmp_path / "timeline.png") as timeline:
-        assert timeline.size == (GRID_SIZE[0], (shown + 1) * stage)
-        levels = [timeline.getpixel((4, i * stage + 36)) for i in range(shown + 1)]
-    assert levels == sorted(set(levels))
-    assert (levels[0], levels[-2], levels[-1]) == (1, epochs, 255)
-    steps = [b - a for a, b in itertools.pairwise(levels[:-1])]
-    assert not steps or max(steps) - min(steps) <= 1
-
-    with Image.open(tmp_path / "training.gif") as animation:
-        assert animation.n_frames == shown + 1
-        assert animation.size == (GRID_SIZE[0], stage)
-        assert animation.info["loop"] == 0
+    z = make_noise(SAMPLES, 0, FIXED_NOISE)
+    weights = {name: tensor.clone() for name, tensor in gan.average.state_dict().items()}
+    random_state = torch.get_rng_state()
+    digits = draw(gan.average, z)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, tensor in gan.average.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert torch.equal(draw(gan.average, z), digits)
 
 
 @pytest.mark.usefixtures("small_networks")
-def test_curves_of_a_long_run_are_drawn_from_means(tmp_path: Path, monkeypatch):
-    drawn = []
-    from matplotlib.axes import Axes
+def test_a_digit_does_not_depend_on_those_drawn_with_it():
+    generator = new_gan().average
+    z = make_noise(501, 0, FIXED_NOISE)
+    together = draw(generator, z)
+    assert together.shape == (501, 28, 28)
+    alone = draw(generator, z[500:])
+    assert (together[500].int() - alone[0].int()).abs().max() <= 1
 
-    original = Axes.plot
 
-    def spy(axes: Axes, x: torch.Tensor, y: torch.Tensor, **kwargs: object) -> list:
-        drawn.append((x, y))
-        return original(axes, x, y, **kwargs)
+class Watched(nn.Module):
+    """A generator that keeps what each call would need memory for."""
 
-    monkeypatch.setattr(Axes, "plot", spy)
-    gan = new_gan()
-    gan.epoch, gan.samples = 2, torch.zeros(2, 50, 28, 28).byte()
-    gan.history = torch.arange(1000.0).view(-1, 1).expand(-1, 9)
-    write_results(gan, gan.samples[0], tmp_path)
-    x, y = drawn[0]
-    assert len(x) == len(y) == 334
-    assert y[0].tolist() == [1.0, 1.0]
-    assert size_of(tmp_path / "loss_curve.png") == (1000, 1000)
-    lines = (tmp_path / "history.csv").read_text().splitlines()
-    assert len(lines) == 1001
-    assert lines[501].startswith("2,1,500,")
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = nn.Parameter(torch.zeros(1))
+        self.sizes = []
+        self.graphs = []
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        images = self.level + torch.zeros(len(z), 1, 28, 28)
+        self.sizes.append(len(z))
+        self.graphs.append(images.requires_grad)
+        return images
+
+
+def test_drawing_many_digits_takes_bounded_memory():
+    generator = Watched()
+    assert draw(generator, torch.zeros(10_000, 1, 1, 1)).shape == (10_000, 28, 28)
+    assert max(generator.sizes) <= 500
+    assert not any(generator.graphs)

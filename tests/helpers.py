@@ -1,0 +1,150 @@
+"""What several test files share: files in MNIST's format, small networks, looks at a run."""
+
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import dcgan_mnist
+
+ROOT = Path(dcgan_mnist.__file__).parent
+LOG_LINE = re.compile(
+    r"\((?P<step>\d+)/(?P<steps>\d+)\) ds_loss: (\d+\.\d{3}) - gn_loss: (\d+\.\d{3})"
+    r" - true_out: ([01]\.\d{3}) - fake_out: ([01]\.\d{3})>>([01]\.\d{3})"
+)
+RUN_FILES = {  # of two epochs without scores
+    "real_samples.png",
+    "generated_epoch_001.png",
+    "generated_epoch_002.png",
+    "timeline.png",
+    "training.gif",
+    "loss_curve.png",
+    "history.csv",
+    "checkpoint.pt",
+}
+GRID_SIZE = (604, 304)  # ten digits by five, each 28 pixels and 2 between them, doubled
+THREE_STEPS = ("--batch-size", 20)  # an epoch of the data_dir fixture's digits
+
+
+@dataclass
+class Outcome:
+    """What a command of the program came to."""
+
+    code: int
+    out: str
+    err: str
+
+    def is_one_line(self, code: int, *words: str) -> bool:
+        """Whether it ended with this code and one line on stderr with these words."""
+        lines = self.err.splitlines()
+        return (
+            self.code == code
+            and len(lines) == 1
+            and lines[0].startswith("dcgan_mnist.py: ")
+            and all(word in lines[0] for word in words)
+        )
+
+    def warnings(self) -> list[str]:
+        """Return the lines of the log that warn."""
+        return [line for line in self.out.splitlines() if line.startswith("warning: ")]
+
+
+def write_idx(path: Path, values: torch.Tensor) -> None:
+    """Write a tensor of uint8 in the format of MNIST's files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">HBB{values.dim()}I", 0, 8, values.dim(), *values.shape)
+    path.write_bytes(header + values.numpy().tobytes())
+
+
+def write_split(data_dir: Path, count: int, split: str = "t10k") -> torch.Tensor:
+    """Write a split of random digits where the program looks for MNIST; return the digits."""
+    digits = torch.randint(0, 256, (count, 28, 28), generator=torch.Generator().manual_seed(count))
+    digits = digits.byte()
+    raw = data_dir / "MNIST" / "raw"
+    write_idx(raw / f"{split}-images-idx3-ubyte", digits)
+    write_idx(raw / f"{split}-labels-idx1-ubyte", torch.arange(count).remainder(10).byte())
+    return digits
+
+
+def new_gan(**changes: object) -> dcgan_mnist.DCGAN:
+    """Return untrained networks on the CPU, with the default settings but for the changes."""
+    return dcgan_mnist.DCGAN(dcgan_mnist.Settings(**changes), torch.device("cpu"))
+
+
+def batch(n: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random images (n, 1, 28, 28) in [-1, 1] and noise, the same for every call."""
+    stream = torch.Generator().manual_seed(1)
+    images = torch.rand(n, 1, 28, 28, generator=stream) * 2 - 1
+    return images, torch.randn(n, dcgan_mnist.LATENT_DIM, 1, 1, generator=stream)
+
+
+def parameters(network: nn.Module) -> list[torch.Tensor]:
+    """Return copies of a network's parameters."""
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Whether two lists of tensors are equal to the bit."""
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def contents(folder: Path | str) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder by its path in it."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def assert_same_run(a: Path | str, b: Path | str) -> None:
+    """Check that two folders hold the same files, equal to the bit."""
+    first = contents(a)
+    second = contents(b)
+    assert sorted(first) == sorted(second)
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def saved(folder: Path | str = "result") -> dict:
+    """Return what is in the checkpoint of a folder."""
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def size_of(path: Path | str) -> tuple[int, int]:
+    """Return the width and height of a picture."""
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def digits_in(path: Path | str, rows: int = 5) -> torch.Tensor:
+    """Read the digits (rows * 10, 28, 28) out of a picture of a grid."""
+    with Image.open(path) as image:
+        picture = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    picture = picture.view(-1, GRID_SIZE[0])[::2, ::2]
+    cells = [
+        picture[2 + 30 * row : 30 * row + 30, 2 + 30 * column : 30 * column + 30]
+        for row in range(rows)
+        for column in range(10)
+    ]
+    return torch.stack(cells)
+
+
+def change_steps(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor], torch.Tensor]
+) -> None:
+    """Let ``change(number, figures)`` see every training step from 1 on, and give its figures."""
+    original = dcgan_mnist.training_step
+    count = 0
+
+    def step(gan: dcgan_mnist.DCGAN, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return change(count, original(gan, real, z))
+
+    monkeypatch.setattr(dcgan_mnist, "training_step", step)

@@ -1,0 +1,847 @@
+"""The commands: train and go on exactly, stop, dry run, generate, interpolate, evaluate."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import pytest
+import small_program
+import torch
+from helpers import (
+    ROOT,
+    RUN_FILES,
+    THREE_STEPS,
+    change_steps,
+    contents,
+    digits_in,
+    saved,
+    size_of,
+    write_idx,
+    write_split,
+)
+from PIL import Image
+
+import dcgan_mnist
+
+REAL_CURVES = dcgan_mnist.curves
+
+
+def grey_curves(history: dict[str, torch.Tensor]) -> Image.Image:
+    """Draw curves as plain grey levels, for matplotlib takes longer than all else."""
+    figures = torch.stack(list(history.values()))
+    return Image.fromarray(figures.view(torch.uint8).numpy())
+
+
+@pytest.fixture(autouse=True)
+def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program draw grey_curves."""
+    monkeypatch.setattr(dcgan_mnist, "curves", grey_curves)
+
+
+class MeanScorer:
+    """A scorer that needs no training: the distance is the mean grey level."""
+
+    floor = 1.0
+
+    def __call__(self, digits: torch.Tensor) -> dict[str, float]:
+        return {"fd": digits.float().mean().item(), "digits": 10, "evenness": 0.9, "confident": 0.5}
+
+
+@pytest.fixture
+def mean_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program score with a MeanScorer."""
+    monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: MeanScorer())
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two checkpoints, or parts of them, hold the same values, to the bit."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def assert_same_run(a: Path | str, b: Path | str) -> None:
+    """Check that two folders hold the same files with the same content, to the bit."""
+    first = contents(a)
+    second = contents(b)
+    assert sorted(first) == sorted(second)
+    for name in first:
+        if name.endswith(".pt"):
+            one = torch.load(Path(a, name), weights_only=True)
+            other = torch.load(Path(b, name), weights_only=True)
+            assert equal(one, other), name
+        else:
+            assert first[name] == second[name], name
+
+
+# ----------------------------------------- going on exactly ---------------------------------------
+@pytest.fixture
+def whole(run) -> str:
+    """A run of four epochs that nothing interrupted."""
+    assert run(*THREE_STEPS, "--epochs", 4, "--output-dir", "whole").code == 0
+    return "whole"
+
+
+@pytest.mark.parametrize("stops", [[1], [2], [3], [1, 2], [1, 2, 3]])
+def test_a_resumed_run_ends_bit_identical(run, whole: str, stops: list[int]):
+    run(*THREE_STEPS, "--epochs", stops[0])
+    for epochs in [*stops[1:], 4]:
+        assert run("--resume", "--epochs", epochs).code == 0
+    assert_same_run("result", whole)
+
+
+def test_a_resumed_run_draws_the_same_curves(run, monkeypatch):
+    monkeypatch.setattr(dcgan_mnist, "curves", REAL_CURVES)
+    run(*THREE_STEPS, "--epochs", 2, "--output-dir", "whole")
+    run(*THREE_STEPS, "--epochs", 1)
+    assert run("--resume", "--epochs", 2).code == 0
+    assert_same_run("result", "whole")
+
+
+@pytest.mark.usefixtures("mean_scorer")
+def test_a_resumed_run_with_scores_ends_bit_identical(run):
+    run(*THREE_STEPS, "--epochs", 3, "--output-dir", "whole", scored=True)
+    run(*THREE_STEPS, "--epochs", 1, scored=True)
+    assert run("--resume", "--epochs", 3, scored=True).code == 0
+    assert_same_run("result", "whole")
+    assert set(contents("whole")) == RUN_FILES | {"generated_epoch_003.png", "generator_best.pt"}
+
+
+def test_a_resumed_run_in_bf16_ends_bit_identical(run):
+    bf16 = (*THREE_STEPS, "--precision", "bf16")
+    run(*bf16, "--epochs", 2, "--output-dir", "whole")
+    run(*bf16, "--epochs", 1)
+    run("--resume", "--epochs", 2)
+    assert_same_run("result", "whole")
+
+
+def test_settings_come_from_the_checkpoint(run):
+    shaped = (*THREE_STEPS, "--lr", 0.001, "--beta1", 0.6, "--beta2", 0.9, "--ema", 0.5)
+    shaped += ("--seed", 7)
+    run(*shaped, "--epochs", 2, "--output-dir", "whole")
+    run(*shaped, "--epochs", 1)
+    run("--resume", "--epochs", 2)
+    assert_same_run("result", "whole")
+    run(*THREE_STEPS, "--epochs", 2, "--output-dir", "other")
+    assert contents("other")["history.csv"] != contents("whole")["history.csv"]
+
+
+def test_a_recipe_is_kept_by_a_resumed_run(run):
+    tuned = (*THREE_STEPS, "--recipe", "tuned", "--lr", 0.001)
+    run(*tuned, "--epochs", 3, "--output-dir", "whole")
+    run(*tuned, "--epochs", 1)
+    assert run("--resume", "--epochs", 2).code == 0
+    assert run("--resume", "--epochs", 3, "--recipe", "tuned").code == 0
+    assert_same_run("result", "whole")
+    kept = saved()["settings"]
+    assert kept["recipe"] == "tuned"
+    assert kept["lr"] == 0.001
+    assert kept["beta2"] == 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "given"),
+    [
+        ("batch-size", 20, 10),
+        ("lr", 0.0002, 0.1),
+        ("beta1", 0.5, 0.9),
+        ("beta2", 0.999, 0.9),
+        ("ema", 0.99, 0.5),
+        ("seed", 0, 1),
+        ("recipe", "article", "tuned"),
+        ("split", "test", "train"),
+        ("precision", "fp32", "bf16"),
+    ],
+)
+def test_another_value_with_resume_is_refused_naming_both(
+    run, name: str, kept: object, given: object
+):
+    run(*THREE_STEPS, "--epochs", 1, "--precision", "fp32")
+    before = contents(".")
+    outcome = run("--resume", "--epochs", 2, f"--{name}", given)
+    assert outcome.is_one_line(2, f"error: argument --{name}: ", str(kept), str(given))
+    assert contents(".") == before
+    assert run("--resume", "--epochs", 2, f"--{name}", kept).code == 0
+
+
+@pytest.mark.parametrize("begun", ["fp32", "bf16"])
+@pytest.mark.parametrize("given", [[], ["--precision", "auto"]])
+def test_auto_precision_with_resume_is_that_of_the_run_on_any_hardware(
+    run, monkeypatch, begun: str, given: list[str]
+):
+    monkeypatch.setattr(dcgan_mnist, "has_bf16", lambda _: begun == "bf16")
+    run(*THREE_STEPS, "--epochs", 2, "--output-dir", "whole")
+    run(*THREE_STEPS, "--epochs", 1)
+    assert saved()["settings"]["precision"] == begun
+    monkeypatch.setattr(dcgan_mnist, "has_bf16", lambda _: begun != "bf16")
+    outcome = run("--resume", "--epochs", 2, *given)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"on cpu in {begun}" in outcome.out
+    assert_same_run("result", "whole")
+
+
+@pytest.mark.parametrize("kind", ["one pixel changed", "one digit less", "fewer than a batch"])
+def test_a_run_goes_on_with_no_other_digits_than_its_own(
+    run, data_dir: Path, whole: str, kind: str
+):
+    run(*THREE_STEPS, "--epochs", 1)
+    shutil.copytree(data_dir, "other")
+    digits = write_split(data_dir, 60)
+    if kind == "one pixel changed":
+        digits[59, 27, 27] ^= 1
+    elif kind == "one digit less":
+        digits = digits[:59]
+    else:
+        digits = digits[:5]
+    raw = Path("other/MNIST/raw")
+    write_idx(raw / "t10k-images-idx3-ubyte", digits)
+    write_idx(raw / "t10k-labels-idx1-ubyte", torch.zeros(len(digits), dtype=torch.uint8))
+    before = contents(".")
+    outcome = run("--resume", "--epochs", 4, "--data-dir", "other")
+    assert outcome.is_one_line(2, "error: argument --data-dir: ", "other holds other digits")
+    assert contents(".") == before
+
+    shutil.copytree(data_dir, "same")
+    assert run("--resume", "--epochs", 4, "--data-dir", "same").code == 0
+    assert_same_run("result", whole)
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(run, whole: str):
+    before = contents(whole)
+    outcome = run("--resume", "--epochs", 4, "--output-dir", whole)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "whole already holds epoch 4" in outcome.out
+    assert "larger --epochs" in outcome.out
+    assert contents(whole) == before
+
+
+def test_resume_needs_a_checkpoint(run):
+    path = Path("result/checkpoint.pt")
+    assert run("--resume").is_one_line(1, "error: ", str(path), "train first")
+    assert not any(Path().iterdir())
+
+
+def test_the_log_names_the_time_left_after_each_epoch(run):
+    run(*THREE_STEPS, "--epochs", 1)
+    for mode in ([*THREE_STEPS, "--epochs", 3], ["--resume", "--epochs", 6]):
+        out = run(*mode).out
+        left = re.findall(r"^saved to result after \d\d:\d\d, (\d\d:\d\d) left$", out, re.MULTILINE)
+        assert len(left) == 3
+        assert left[-1] == "00:00"
+
+
+# --------------------------------------------- stopping -------------------------------------------
+def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int, signum: int = signal.SIGINT) -> list[int]:
+    """Let a signal come after a training step; return the list of steps that are taken."""
+    taken: list[int] = []
+
+    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
+        taken.append(step)
+        if step == stop:
+            signal.raise_signal(signum)
+        return stats
+
+    change_steps(monkeypatch, change)
+    return taken
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on_and_goes_on_exactly(
+    run, whole: str, monkeypatch, step: int, signum: int
+):
+    command = (*THREE_STEPS, "--epochs", 4)
+    with monkeypatch.context() as patch:
+        taken = stop_at(patch, step, signum)
+        outcome = run(*command)
+    epoch = (step - 1) // 3
+    says = f"stopped: epoch {epoch} is saved; to go on, run the same command with --resume"
+    assert outcome.is_one_line(128 + signum, says)
+    assert taken[-1] == step
+    assert saved()["epoch"] == epoch
+    assert run(*command, "--resume").code == 0
+    assert_same_run("result", whole)
+
+
+def test_a_resumed_run_that_is_stopped_in_its_first_epoch_goes_on_exactly(
+    run, whole: str, monkeypatch
+):
+    run(*THREE_STEPS, "--epochs", 2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        outcome = run("--resume", "--epochs", 4)
+    assert outcome.is_one_line(130, "stopped: epoch 2 is saved; ", "--resume")
+    assert run("--resume", "--epochs", 4).code == 0
+    assert_same_run("result", whole)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(run, whole: str, monkeypatch):
+    command = (*THREE_STEPS, "--epochs", 4)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        outcome = run(*command)
+    assert outcome.is_one_line(130, "stopped: ", "run the same command")
+    assert "--resume" not in outcome.err
+    assert run(*command).code == 0
+    assert_same_run("result", whole)
+
+
+def test_a_new_run_stopped_in_its_first_epoch_does_not_offer_the_earlier_one(run, monkeypatch):
+    run(*THREE_STEPS, "--epochs", 2)
+    stop_at(monkeypatch, 2)
+    outcome = run(*THREE_STEPS, "--epochs", 2)
+    assert outcome.is_one_line(130, "stopped: ", "run the same command")
+    assert "--resume" not in outcome.err
+
+
+def raise_sigint(*_: object) -> None:
+    """Stand in for a function in which Ctrl-C comes."""
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.parametrize("name", ["load_digits", "make_scorer", "announce"])
+def test_ctrl_c_before_training_ends_with_one_line(run, monkeypatch, name: str):
+    monkeypatch.setattr(dcgan_mnist, name, raise_sigint)
+    outcome = run(scored=True)
+    assert outcome.is_one_line(130, "stopped: ", "run the same command")
+    assert "--resume" not in outcome.err
+
+
+@pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.parametrize("command", [["--generate", 3], ["--interpolate"], ["--evaluate"]])
+def test_ctrl_c_while_drawing_speaks_of_no_training_and_writes_nothing(
+    run, monkeypatch, command: list
+):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents(".")
+    monkeypatch.setattr(dcgan_mnist, "draw", raise_sigint)
+    outcome = run(*command)
+    assert outcome.is_one_line(130, "stopped: ", "run the same command")
+    assert not re.search("train|epoch|resume|saved", outcome.err)
+    assert contents(".") == before
+
+
+# ---------------------------------------- real processes ------------------------------------------
+@pytest.fixture(scope="module")
+def forks() -> BaseContext:
+    """Processes forked from one that has imported the program, which takes seconds."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs processes that can be forked")
+    from multiprocessing.forkserver import ensure_running
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["small_program", "helpers"])
+    with pytest.MonkeyPatch.context() as patch:
+        # without it the server finds no modules to preload, and says nothing
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        ensure_running()
+    return context
+
+
+def run_into_pipes(argv: list[str], out: Connection, err: Connection) -> None:
+    """Run a command line that prints into pipes; end the process."""
+    dcgan_mnist.curves = grey_curves
+    with (
+        open(out.fileno(), "w", closefd=False) as printed,
+        open(err.fileno(), "w", closefd=False) as said,
+        redirect_stdout(printed),
+        redirect_stderr(said),
+    ):
+        code = small_program.main(argv)
+    sys.exit(code)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_with_a_way_to_go_on(
+    run, forks: BaseContext, data_dir: Path, signum: int
+):
+    argv = ["--epochs", "100000", "--batch-size", "1", "--log-every", "1", "--no-score"]
+    argv += ["--device", "cpu", "--data-dir", str(data_dir), "--output-dir", str(Path.cwd() / "x")]
+    out, child_out = forks.Pipe(duplex=False)
+    err, child_err = forks.Pipe(duplex=False)
+    process = forks.Process(target=run_into_pipes, args=(argv, child_out, child_err))
+    process.start()
+    child_out.close()
+    child_err.close()
+    with (
+        open(out.fileno(), closefd=False) as printed,
+        open(err.fileno(), closefd=False) as said,
+    ):
+        for line in printed:
+            if line.startswith("Epoch 3/"):
+                break
+        assert process.is_alive()
+        os.kill(process.pid, signum)
+        printed.read()
+        last_line = said.read()
+    process.join()
+    assert process.exitcode == 128 + signum
+    epoch = saved("x")["epoch"]
+    assert epoch >= 2
+    assert last_line == (
+        f"dcgan_mnist.py: stopped: epoch {epoch} is saved; "
+        "to go on, run the same command with --resume\n"
+    )
+    outcome = run("--resume", "--epochs", epoch + 1, "--output-dir", "x")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def stop_twice(folder: Path, argv: list[str], first: int, second: int) -> None:
+    """Run a command line that gets a second signal while it ends because of the first one."""
+
+    def step(*_: object) -> torch.Tensor:
+        try:
+            signal.raise_signal(first)
+        finally:
+            signal.raise_signal(second)
+
+    dcgan_mnist.training_step = step
+    small_program.run_silently(folder, argv)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(
+    forks: BaseContext, data_dir: Path, tmp_path: Path, first: int, second: int
+):
+    argv = ["--no-score", "--device", "cpu", "--data-dir", str(data_dir)]
+    process = forks.Process(target=stop_twice, args=(tmp_path, argv, first, second))
+    process.start()
+    process.join()
+    assert process.exitcode == -second
+
+
+KILLS = 20
+
+
+def run_and_die(folder: Path, argv: list[str], line: int) -> None:
+    """Run a command line until the program has run this many of its lines; then be killed.
+
+    If it ends before that, write down how many lines it has run.
+    """
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable | None:
+        nonlocal count
+        if frame.f_code.co_filename != dcgan_mnist.__file__:
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    dcgan_mnist.curves = grey_curves
+    dcgan_mnist.make_scorer = lambda _: MeanScorer()
+    sys.settrace(trace)
+    try:
+        small_program.run_silently(folder, argv)
+    finally:
+        sys.settrace(None)
+        (folder / "lines").write_text(str(count))
+
+
+def run_of(folder: Path) -> Path:
+    """Return the result of a run without what was begun before its first checkpoint."""
+    for path in folder.glob("result/previous_*"):
+        assert "checkpoint.pt" not in contents(path)
+        shutil.rmtree(path)
+    return folder / "result"
+
+
+def test_20_kills_at_random_moments_lose_nothing(
+    forks: BaseContext, data_dir: Path, tmp_path: Path
+):
+    argv = ["--batch-size", "20", "--epochs", "4", "--device", "cpu", "--data-dir", str(data_dir)]
+
+    def run(folder: Path, line: int) -> BaseProcess:
+        folder.mkdir(exist_ok=True)
+        resume = ["--resume"] if (folder / "result" / "checkpoint.pt").exists() else []
+        process = forks.Process(target=run_and_die, args=(folder, argv + resume, line))
+        process.start()
+        process.join()
+        return process
+
+    assert run(tmp_path / "whole", line=-1).exitcode == 0
+    whole = tmp_path / "whole" / "result"
+    lines = int((tmp_path / "whole" / "lines").read_text())
+    chance = random.Random(0)
+    kills = 0
+    runs = 0
+    while kills < KILLS:
+        folder = tmp_path / f"run {runs}"
+        process = run(folder, chance.randrange(1, lines))
+        if process.exitcode == 0:
+            assert_same_run(run_of(folder), whole)
+            runs += 1
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+    assert runs > 0
+    folder = tmp_path / f"run {runs}"
+    assert run(folder, line=-1).exitcode == 0
+    assert_same_run(run_of(folder), whole)
+
+
+# ---------------------------------------------- dry run -------------------------------------------
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch) -> Path:
+    """A folder in which temporary folders are made."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_dry_run_leaves_a_finished_run_alone_and_nothing_else_behind(run, temporary: Path):
+    run(*THREE_STEPS, "--epochs", 2)
+    before = contents(".")
+    outcome = run("--dry-run", *THREE_STEPS)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "The dry run went well" in outcome.out
+    assert contents(".") == before
+    assert [path.name for path in Path().iterdir()] == ["result"]
+    assert not any(temporary.iterdir())
+
+
+def test_a_dry_run_in_an_empty_folder_leaves_it_empty(run, temporary: Path):
+    assert run("--dry-run").code == 0
+    assert not any(Path().iterdir())
+    assert not any(temporary.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["it diverges", "it is stopped", "its batches are too large"])
+def test_a_dry_run_that_fails_leaves_nothing_behind(run, temporary: Path, monkeypatch, fault: str):
+    argv = ["--dry-run"]
+    if fault == "it diverges":
+        change_steps(monkeypatch, lambda _, stats: stats * torch.inf)
+    elif fault == "it is stopped":
+        stop_at(monkeypatch, 3)
+    else:
+        argv += ["--batch-size", 61]
+    outcome = run(*argv)
+    assert outcome.code in (1, 2, 130)
+    assert outcome.is_one_line(outcome.code)
+    assert "--resume" not in outcome.err
+    assert "went well" not in outcome.out
+    assert not any(Path().iterdir())
+    assert not any(temporary.iterdir())
+
+
+def test_a_dry_run_takes_three_steps_in_each_of_two_epochs(run):
+    out = run("--dry-run", "--epochs", 9, "--batch-size", 10, "--log-every", 1).out
+    epochs = [line for line in out.splitlines() if line.startswith("Epoch")]
+    assert epochs == ["Epoch 1/2", "Epoch 2/2"]
+    assert out.count("/3) ds_loss") == 6
+
+
+def test_a_dry_run_writes_to_a_folder_that_is_named(run, temporary: Path):
+    assert run("--dry-run", "--output-dir", "dry").code == 0
+    assert set(contents("dry")) == RUN_FILES
+    assert not any(temporary.iterdir())
+
+
+def test_a_dry_run_is_refused_where_a_run_is(run):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents(".")
+    outcome = run("--dry-run", "--output-dir", "result")
+    assert outcome.is_one_line(2, "error: argument --output-dir: ", "result holds a run")
+    assert contents(".") == before
+
+
+def test_a_dry_run_cannot_be_gone_on_with(run):
+    run("--dry-run", "--output-dir", "dry")
+    before = contents(".")
+    outcome = run("--resume", "--output-dir", "dry")
+    assert outcome.is_one_line(2, "error: argument --resume: ", "dry run")
+    assert contents(".") == before
+
+
+# ---------------------------------------------- drawing -------------------------------------------
+def drawn(folder: str = "result") -> np.ndarray:
+    """Return the digits that --generate drew last."""
+    return np.load(Path(folder, "generated.npy"))
+
+
+def test_generate_draws_digits_without_training(run):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents(".")
+    outcome = run("--generate", 123)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "saved to result" in outcome.out
+    after = contents(".")
+    assert set(after) - set(before) == {"result/generated.npy", "result/generated.png"}
+    assert after.items() >= before.items()
+    assert drawn().shape == (123, 28, 28)
+    assert drawn().dtype == np.uint8
+    assert size_of("result/generated.png") == (604, 604)
+    first = digits_in("result/generated.png", rows=10)
+    assert torch.equal(first, torch.from_numpy(drawn()[:100]))
+
+
+def test_generate_one_gives_a_picture_of_one_digit(run):
+    run(*THREE_STEPS, "--epochs", 1)
+    run("--generate", 1)
+    assert drawn().shape == (1, 28, 28)
+    assert size_of("result/generated.png") == (56, 56)
+
+
+def test_generate_follows_the_seed(run):
+    run("--epochs", 3, "--batch-size", 10, "--lr", 0.02, "--seed", 3)
+    digits = []
+    for seed in ([], ["--seed", 0], ["--seed", 1]):
+        assert run("--generate", 5, *seed).code == 0
+        digits.append(drawn())
+    assert (digits[0] == digits[1]).all()
+    assert (digits[0] != digits[2]).any()
+
+
+def test_generate_draws_what_was_scored_last(run, monkeypatch):
+    scored = []
+
+    class Spy(MeanScorer):
+        def __call__(self, digits: torch.Tensor) -> dict[str, float]:
+            scored.append(digits)
+            return super().__call__(digits)
+
+    monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: Spy())
+    run(*THREE_STEPS, "--epochs", 3, "--lr", 0.01, scored=True)
+    run("--generate", 20)
+    assert (drawn() == scored[-1][:20].numpy()).all()
+    assert (drawn() != scored[0][:20].numpy()).any()
+
+
+def test_generate_draws_in_the_precision_of_the_run_on_any_hardware(run, monkeypatch):
+    run(*THREE_STEPS, "--epochs", 1, "--precision", "bf16", "--lr", 0.02)
+    digits = []
+    for there in (True, False):
+        monkeypatch.setattr(dcgan_mnist, "has_bf16", lambda _, there=there: there)
+        assert run("--generate", 50).code == 0
+        digits.append(drawn())
+    assert (digits[0] == digits[1]).all()
+    generator = dcgan_mnist.load_generator("result")
+    z = dcgan_mnist.make_noise(50, 0, dcgan_mnist.DRAWING)
+    assert (digits[0] != dcgan_mnist.draw(generator, z, "fp32").numpy()).any()
+
+
+def test_generating_many_digits_takes_bounded_memory(run, monkeypatch):
+    run(*THREE_STEPS, "--epochs", 1)
+    sizes = []
+    original = dcgan_mnist.Generator.forward
+
+    def spy(self: dcgan_mnist.Generator, z: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(z))
+        return original(self, z)
+
+    monkeypatch.setattr(dcgan_mnist.Generator, "forward", spy)
+    assert run("--generate", 10_000).code == 0
+    assert max(sizes) <= 500
+    assert drawn().shape == (10_000, 28, 28)
+
+
+def test_interpolate_draws_ten_walks_without_training(run):
+    run("--epochs", 2, "--batch-size", 10, "--lr", 0.02)
+    before = contents(".")
+    outcome = run("--interpolate")
+    assert (outcome.code, outcome.err) == (0, "")
+    after = contents(".")
+    assert set(after) - set(before) == {"result/interpolation.png"}
+    assert after.items() >= before.items()
+    rows = digits_in("result/interpolation.png", rows=10).view(10, 10, 28, 28)
+    run("--generate", 20)
+    ends = torch.from_numpy(drawn()).int()
+    assert (rows[:, 0] - ends[:10]).abs().max() <= 1
+    assert (rows[:, -1] - ends[10:]).abs().max() <= 1
+    run("--interpolate", "--seed", 1)
+    assert contents(".")["result/interpolation.png"] != after["result/interpolation.png"]
+
+
+def test_walks_go_along_the_sphere_in_equal_steps():
+    stream = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 5, 100, 1, 1, generator=stream)
+    steps = dcgan_mnist.walk(a, b).view(5, 10, 100)
+    torch.testing.assert_close(steps[:, 0], a.flatten(1))
+    torch.testing.assert_close(steps[:, -1], b.flatten(1))
+    a, b = 3 * torch.eye(100)[:2].view(2, 1, 100, 1, 1)
+    steps = dcgan_mnist.walk(a, b).view(10, 100)
+    torch.testing.assert_close(steps.norm(dim=1), torch.full((10,), 3.0))
+    angles = torch.atan2(steps[:, 1], steps[:, 0])
+    torch.testing.assert_close(angles, torch.linspace(0, torch.pi / 2, 10))
+
+
+@pytest.mark.parametrize("command", [["--generate", 5], ["--interpolate"], ["--evaluate"]])
+@pytest.mark.parametrize(
+    ("best", "name"), [([], "checkpoint.pt"), (["--best"], "generator_best.pt")]
+)
+def test_drawing_needs_a_trained_generator_and_leaves_nothing_without(
+    run, command: list, best: list[str], name: str
+):
+    path = Path("result", name)
+    assert run(*command, *best).is_one_line(1, f"error: there is no {path}", "train first")
+    assert not any(Path().iterdir())
+
+
+# --------------------------------------------- evaluate -------------------------------------------
+def score() -> dict:
+    """Return what is in score.json."""
+    return json.loads(Path("result/score.json").read_text())
+
+
+@pytest.mark.usefixtures("mean_scorer")
+def test_evaluate_scores_the_run_with_10_000_digits(run):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents("result")
+    outcome = run("--evaluate")
+    assert (outcome.code, outcome.err) == (0, "")
+    after = contents("result")
+    assert set(after) - set(before) == {"score.json", "nearest.png"}
+    assert after.items() >= before.items()
+    of_run = score()
+    assert of_run["count"] == 10_000
+    assert of_run["of"] == str(Path("result/checkpoint.pt"))
+    assert of_run["floor"] == 1.0
+    assert f"score: FD {of_run['fd']:.1f}" in outcome.out
+
+    run("--generate", 10_000)
+    run("--evaluate", "result/generated.npy")
+    of_file = score()
+    assert of_file["of"] == str(Path("result/generated.npy"))
+    for name in (*dcgan_mnist.SCORES, "floor", "count"):
+        assert of_file[name] == of_run[name]
+
+
+@pytest.mark.usefixtures("mean_scorer")
+def test_a_score_tells_of_which_run_it_is(run):
+    run(*THREE_STEPS, "--epochs", 2, "--seed", 3, "--recipe", "tuned", scored=True)
+    for best in ([], ["--best"]):
+        assert run("--evaluate", *best).code == 0
+        of_run = score()
+        checkpoint = torch.load(of_run["of"], weights_only=True)
+        assert of_run["settings"] == checkpoint["settings"]
+        assert of_run["settings"]["seed"] == 3
+        assert of_run["epoch"] == checkpoint["epoch"]
+        assert of_run["torch"] == torch.__version__
+
+
+def test_evaluate_scores_digits_from_anywhere(run, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(dcgan_mnist, "SCORER_EPOCHS", 1)
+    monkeypatch.setattr(dcgan_mnist, "SCORED", 100)
+    digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0][:2000]
+    np.save(tmp_path / "real.npy", digits.numpy())
+    outcome = run("--evaluate", tmp_path / "real.npy", "--output-dir", "new/folder")
+    assert (outcome.code, outcome.err) == (0, "")
+    of_file = json.loads(Path("new/folder/score.json").read_text())
+    assert of_file["digits"] == 10
+    assert of_file["fd"] < 5 * of_file["floor"]
+    assert of_file["count"] == 2000
+    assert set(contents("new/folder")) == {"score.json", "nearest.png"}
+
+
+@pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_nearest_shows_digits_above_the_real_ones_nearest_to_them(run, data_dir: Path, split: str):
+    write_split(data_dir, 30)
+    real = write_split(data_dir, 50, {"test": "t10k", "train": "train"}[split])
+    digits = real[20:40].clone()
+    digits[:, :3] //= 2
+    np.save("digits.npy", digits.numpy())
+    assert run("--evaluate", "digits.npy", "--split", split).code == 0
+    rows = digits_in("result/nearest.png", rows=4).view(4, 10, 28, 28)
+    assert torch.equal(rows[0], digits[:10])
+    assert torch.equal(rows[1], real[20:30])
+    assert torch.equal(rows[2], digits[10:])
+    assert torch.equal(rows[3], real[30:40])
+
+
+NO_DIGITS = {
+    "float": np.zeros((5, 28, 28)),
+    "flat": np.zeros((5, 784), np.uint8),
+    "colour": np.zeros((5, 28, 28, 3), np.uint8),
+    "code": np.array([{}, print], dtype=object),
+    "one": np.zeros((1, 28, 28), np.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", *NO_DIGITS])
+def test_files_that_hold_no_digits_are_refused(run, kind: str):
+    path = Path("digits.npy")
+    if kind == "text":
+        path.write_text("digits")
+    elif kind in NO_DIGITS:
+        np.save(path, NO_DIGITS[kind])
+    assert run("--evaluate", path).is_one_line(2, "error: argument --evaluate: ", "digits.npy")
+    assert not Path("result").exists()
+
+
+# ------------------------------------------ the best epoch ----------------------------------------
+def test_the_generator_of_the_best_epoch_is_kept_named_and_draws(run, fake_scores):
+    run(*THREE_STEPS, "--epochs", 2, "--output-dir", "two")
+    fake_scores([30.0, 20.0, 25.0], [10] * 3)
+    out = run(*THREE_STEPS, "--epochs", 3, scored=True).out
+    assert "The best epoch was 2: generator_best.pt" in out.splitlines()[-1]
+    for command in (["--generate", 5], ["--interpolate"]):
+        assert run(*command, "--output-dir", "two").code == 0
+        assert run(*command, "--best").code == 0
+    walks = contents("two")["interpolation.png"]
+    assert (drawn("two") == drawn()).all()
+    assert contents("result")["interpolation.png"] == walks
+    for command in (["--generate", 5], ["--interpolate"]):
+        assert run(*command).code == 0
+    assert (drawn("two") != drawn()).any()
+    assert contents("result")["interpolation.png"] != walks
+
+
+def test_the_best_epoch_is_remembered_by_a_resumed_run(run, fake_scores):
+    fake_scores([20.0, 30.0], [10] * 2)
+    run(*THREE_STEPS, "--epochs", 2, scored=True)
+    best = contents("result")["generator_best.pt"]
+    fake_scores([25.0], [10])
+    out = run("--resume", "--epochs", 3, scored=True).out
+    assert "The best epoch was 1" in out
+    assert contents("result")["generator_best.pt"] == best
+    fake_scores([15.0], [10])
+    out = run("--resume", "--epochs", 4, scored=True).out
+    assert "The best epoch was 4" in out
+    assert torch.load("result/generator_best.pt", weights_only=True)["epoch"] == 4
+
+
+def test_a_new_run_does_not_draw_with_the_best_generator_of_an_earlier_one(run, fake_scores):
+    fake_scores([20.0], [10])
+    run(*THREE_STEPS, "--epochs", 1, scored=True)
+    run(*THREE_STEPS, "--epochs", 1)
+    outcome = run("--generate", 3, "--best")
+    assert outcome.is_one_line(1, f"error: there is no {Path('result/generator_best.pt')}")
+
+
+@pytest.mark.parametrize("argv", [[], ["--resume"], ["--dry-run"], ["--evaluate", "digits.npy"]])
+def test_best_without_something_to_draw_is_refused(run, argv: list[str]):
+    run(*THREE_STEPS, "--epochs", 1)
+    np.save("digits.npy", np.zeros((5, 28, 28), np.uint8))
+    before = contents(".")
+    outcome = run("--best", *argv)
+    assert outcome.is_one_line(2, "error: --best", "--generate", "--interpolate", "--evaluate")
+    assert contents(".") == before

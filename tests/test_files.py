@@ -1,0 +1,788 @@
+"""The output folder: its lock, an earlier run in it, what is written when, and what is loaded."""
+
+import copy
+import dataclasses
+import errno
+import os
+import pickle
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    RUN_FILES,
+    THREE_STEPS,
+    change_steps,
+    contents,
+    saved,
+    write_idx,
+)
+from PIL import Image
+
+import dcgan_mnist
+from dcgan_mnist import DCGAN, Failure, Generator, RunFolder, Settings, load_generator
+
+DRAWN = sorted(RUN_FILES - {"checkpoint.pt"})
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    ),
+]
+
+
+def grey_curves(history: dict[str, torch.Tensor]) -> Image.Image:
+    """Draw curves as plain grey levels, for matplotlib takes longer than all else."""
+    figures = torch.stack(list(history.values()))
+    return Image.fromarray(figures.view(torch.uint8).numpy())
+
+
+@pytest.fixture(autouse=True)
+def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program draw grey_curves."""
+    monkeypatch.setattr(dcgan_mnist, "curves", grey_curves)
+
+
+class MeanScorer:
+    """A scorer that needs no training: the distance is the mean grey level."""
+
+    floor = 1.0
+
+    def __call__(self, digits: torch.Tensor) -> dict[str, float]:
+        return {"fd": digits.float().mean().item(), "digits": 10, "evenness": 0.9, "confident": 0.5}
+
+
+@pytest.fixture
+def mean_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program score with a MeanScorer."""
+    monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: MeanScorer())
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two checkpoints, or parts of them, hold the same values, to the bit."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def assert_same_run(a: Path | str, b: Path | str) -> None:
+    """Check that two folders hold the same files with the same content, to the bit."""
+    first = contents(a)
+    second = contents(b)
+    assert sorted(first) == sorted(second)
+    for name in first:
+        if name.endswith(".pt"):
+            one = torch.load(Path(a, name), weights_only=True)
+            other = torch.load(Path(b, name), weights_only=True)
+            assert equal(one, other), name
+        else:
+            assert first[name] == second[name], name
+
+
+# -------------------------------------------- the lock --------------------------------------------
+def test_a_second_run_in_the_same_folder_is_refused(run):
+    pytest.importorskip("fcntl", reason="Windows can lock no folder")
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents(".")
+    with closing(RunFolder(Path("result"))) as other:
+        other.lock()
+        for mode in ([], ["--resume", "--epochs", 2]):
+            assert run(*mode).is_one_line(1, "error: another run is using result;", "--output-dir")
+    assert contents(".") == before
+    assert run("--resume", "--epochs", 2).code == 0
+
+
+HOLD_LOCK = """
+import fcntl, os, sys
+fcntl.flock(os.open("result", os.O_RDONLY), fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_lock_of_a_killed_process_does_not_keep_a_run_out(run):
+    pytest.importorskip("fcntl", reason="Windows can lock no folder")
+    Path("result").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "locked\n"
+        assert run(*THREE_STEPS).is_one_line(1, "another run")
+        process.kill()
+        process.wait()
+        assert run(*THREE_STEPS, "--epochs", 1).code == 0
+
+
+def test_a_drive_that_has_no_locks_costs_a_warning_and_not_the_run(run, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="Windows can lock no folder")
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for mode in ([], ["--resume"]):
+        outcome = run(*mode, "--epochs", 1 + len(mode))
+        assert (outcome.code, outcome.err) == (0, "")
+        (warning,) = outcome.warnings()
+        assert "cannot lock result" in warning
+        assert os.strerror(errno.ENOLCK) in warning
+    assert saved()["epoch"] == 2
+
+
+def test_a_system_without_locks_runs_too(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    outcome = run(*THREE_STEPS, "--epochs", 1)
+    assert (outcome.code, outcome.err, outcome.warnings()) == (0, "", [])
+
+
+def test_an_error_in_training_is_not_taken_for_another_run(run, monkeypatch):
+    def step(*_: object) -> torch.Tensor:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(dcgan_mnist, "training_step", step)
+    outcome = run(*THREE_STEPS)
+    assert outcome.is_one_line(1, os.strerror(errno.EAGAIN))
+    assert "another run" not in outcome.err
+
+
+# ----------------------------------------- an earlier run -----------------------------------------
+MINE = {
+    "notes.txt": b"a",
+    "training.csv": b"b",
+    "history.pt": b"c",
+    "checkpoint.png": b"d",
+    "generated_epoch_0001.png": b"e",
+    "generated_epoch_000.png": b"f",
+    "generated_epoch_1.png": b"g",
+    "generated_epoch_001.gif": b"h",
+    ".notes.txt.tmp": b"i",
+    "example/timeline.png": b"j",
+}
+
+
+def write_mine(folder: str = "result") -> None:
+    """Put files of the user into a folder."""
+    for name, content in MINE.items():
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def below(name: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return files with the paths that they have in the folder above."""
+    return {f"{name}/{path}": content for path, content in files.items()}
+
+
+@pytest.mark.usefixtures("mean_scorer")
+def test_a_new_run_moves_all_of_an_earlier_one_and_nothing_else(run):
+    run(*THREE_STEPS, "--epochs", 3, scored=True)
+    for command in (["--generate", 3], ["--interpolate"], ["--evaluate"]):
+        assert run(*command).code == 0
+    first = contents("result")
+    write_mine()
+
+    second_run = (*THREE_STEPS, "--epochs", 2, "--seed", 2)
+    outcome = run(*second_run)
+    assert outcome.code == 0
+    moved = [line for line in outcome.out.splitlines() if "previous_001" in line]
+    assert str(Path("result/previous_001")) in moved[0]
+    run(*second_run, "--output-dir", "second")
+    second = contents("second")
+    assert contents("result") == second | MINE | below("previous_001", first)
+
+    outcome = run(*THREE_STEPS, "--epochs", 1, "--seed", 3)
+    assert "previous_002" in outcome.out
+    assert "previous_001" not in outcome.out
+    run(*THREE_STEPS, "--epochs", 1, "--seed", 3, "--output-dir", "third")
+    kept = below("previous_001", first) | below("previous_002", second)
+    assert contents("result") == contents("third") | MINE | kept
+
+
+@pytest.mark.parametrize("folder", ["result", "my runs"])
+def test_the_command_that_goes_on_with_a_moved_run_is_named_and_works(run, folder: str):
+    run(*THREE_STEPS, "--epochs", 2, "--output-dir", "whole")
+    run(*THREE_STEPS, "--epochs", 1, "--output-dir", folder)
+    out = run(*THREE_STEPS, "--epochs", 1, "--seed", 2, "--output-dir", folder).out
+    new = contents(folder)["checkpoint.pt"]
+    command = re.search(r"^To go on with it: (.*)$", out, re.MULTILINE)[1]
+    program, *argv = shlex.split(command)
+    assert program == "dcgan_mnist.py"
+    outcome = run(*argv, "--epochs", 2)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert_same_run(Path(folder, "previous_001"), "whole")
+    assert contents(folder)["checkpoint.pt"] == new
+
+
+def test_drawings_without_a_checkpoint_are_moved_too_but_cannot_be_gone_on_with(run):
+    Path("result").mkdir()
+    Path("result/generated.png").write_bytes(b"drawn")
+    outcome = run(*THREE_STEPS, "--epochs", 1)
+    assert contents("result")["previous_001/generated.png"] == b"drawn"
+    assert "--resume" not in outcome.out
+
+
+def test_a_first_run_moves_nothing(run):
+    write_mine()
+    out = run(*THREE_STEPS, "--epochs", 1).out
+    assert "earlier run" not in out
+    assert not Path("result/previous_001").exists()
+    assert contents("result").items() >= MINE.items()
+
+
+@pytest.fixture
+def earlier_run(run) -> dict[str, bytes]:
+    """A run of two epochs in the folder, and files of the user beside it."""
+    run(*THREE_STEPS, "--epochs", 2)
+    write_mine()
+    return contents(".")
+
+
+@pytest.mark.parametrize("name", sorted(RUN_FILES))
+def test_an_earlier_run_that_cannot_be_moved_whole_stays_whole(
+    run, earlier_run: dict[str, bytes], monkeypatch, name: str
+):
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    outcome = run(*THREE_STEPS)
+    assert outcome.is_one_line(1, "error: cannot move", "previous_001", "Permission denied")
+    assert contents(".") == earlier_run
+    assert not Path("result/previous_001").exists()
+
+
+@pytest.mark.parametrize("moment", ["before a file is moved", "after a file is moved"])
+def test_ctrl_c_while_an_earlier_run_is_moved_leaves_it_whole(
+    run, earlier_run: dict[str, bytes], monkeypatch, moment: str
+):
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        interrupted = self.parent.name == "result" and self.name == "history.csv"
+        if interrupted and moment == "before a file is moved":
+            signal.raise_signal(signal.SIGINT)
+        moved = original(self, target)
+        if interrupted:
+            signal.raise_signal(signal.SIGINT)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert run(*THREE_STEPS).is_one_line(130, "stopped: ", "the same command")
+    assert contents(".") == earlier_run
+    assert not Path("result/previous_001").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--batch-size", 61], 2),
+        (["--epochs", 0], 2),
+        (["--epoch", 3], 2),
+        (["--best"], 2),
+        (["--device", "cuda"], 2),
+        (["--data-dir", "broken"], 1),
+    ],
+)
+def test_a_run_that_cannot_begin_moves_nothing(
+    run, earlier_run: dict[str, bytes], monkeypatch, argv: list, code: int
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    raw = Path("broken/MNIST/raw")
+    write_idx(raw / "t10k-images-idx3-ubyte", torch.zeros(3, 9, 9, dtype=torch.uint8))
+    write_idx(raw / "t10k-labels-idx1-ubyte", torch.zeros(3, dtype=torch.uint8))
+    before = contents(".")
+    assert run(*argv).is_one_line(code, "error: ")
+    assert contents(".") == before
+    assert not Path("result/previous_001").exists()
+
+
+def test_half_written_files_of_a_killed_run_are_removed(run, earlier_run: dict[str, bytes]):
+    for name in (".checkpoint.pt.tmp", ".generated_epoch_007.png.tmp"):
+        Path("result", name).write_bytes(b"half")
+    run(*THREE_STEPS, "--epochs", 1)
+    left = [path.name for path in Path("result").rglob(".*")]
+    assert left == [".notes.txt.tmp"]
+
+
+# ----------------------------------------- what is written ----------------------------------------
+@pytest.fixture
+def whole(run) -> str:
+    """A run of three epochs that nothing disturbed."""
+    run(*THREE_STEPS, "--epochs", 3, "--output-dir", "whole")
+    return "whole"
+
+
+@pytest.fixture
+def held_open(monkeypatch) -> set[str]:
+    """The names of files that cannot be replaced, as on Windows while a program shows them."""
+    names: set[str] = set()
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if Path(target).name in names:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    return names
+
+
+def hold_in_second_epoch(monkeypatch: pytest.MonkeyPatch, held_open: set[str], name: str) -> None:
+    """Let a file be held open in the second of several epochs of three steps."""
+
+    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
+        if step == 4:
+            held_open.add(name)
+        if step == 7:
+            held_open.remove(name)
+        return stats
+
+    change_steps(monkeypatch, change)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_cannot_be_drawn_is_drawn_after_the_next_epoch(
+    run, whole: str, held_open: set[str], monkeypatch, name: str
+):
+    if name == "generated_epoch_001.png":
+        name = "generated_epoch_002.png"  # the picture of an epoch is written in that epoch
+    hold_in_second_epoch(monkeypatch, held_open, name)
+    outcome = run(*THREE_STEPS, "--epochs", 3)
+    assert (outcome.code, outcome.err) == (0, "")
+    (warning,) = outcome.warnings()
+    assert str(Path("result", name)) in warning
+    assert "Permission denied" in warning
+    assert_same_run("result", whole)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_could_not_be_drawn_is_drawn_by_resume_of_the_finished_run(
+    run, whole: str, held_open: set[str], monkeypatch, name: str
+):
+    held_open.add(name)
+    outcome = run(*THREE_STEPS, "--epochs", 3)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"cannot write {Path('result', name)}" in outcome.warnings()[0]
+    expected = contents(whole)
+    del expected[name]
+    assert contents("result") == expected
+
+    held_open.clear()
+    change_steps(monkeypatch, lambda *_: pytest.fail("a finished run trains no more"))
+    outcome = run("--resume", "--epochs", 3)
+    assert (outcome.code, outcome.err, outcome.warnings()) == (0, "", [])
+    assert_same_run("result", whole)
+
+
+def test_missing_pictures_of_a_finished_run_are_drawn_again_by_resume(run, whole: str):
+    before = contents(whole)
+    drawn = sorted(before.keys() - {"checkpoint.pt"})
+    assert set(drawn) > {"generated_epoch_003.png", "history.csv", "timeline.png", "training.gif"}
+    one_by_one = [[name] for name in drawn]
+    for missing in [*one_by_one, drawn]:
+        for name in missing:
+            Path(whole, name).unlink()
+        assert run("--resume", "--epochs", 3, "--output-dir", whole).code == 0
+        assert contents(whole) == before
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_last_one(
+    run, whole: str, held_open: set[str], monkeypatch
+):
+    run(*THREE_STEPS, "--epochs", 1, "--output-dir", "one")
+    with monkeypatch.context() as patch:
+        hold_in_second_epoch(patch, held_open, "checkpoint.pt")
+        outcome = run(*THREE_STEPS, "--epochs", 3)
+    path = Path("result/checkpoint.pt")
+    assert outcome.is_one_line(1, f"error: cannot write {path}", "Permission denied")
+    assert_same_run("result", "one")
+    held_open.clear()
+    assert run("--resume", "--epochs", 3).code == 0
+    assert_same_run("result", whole)
+
+
+def test_a_best_generator_that_cannot_be_written_ends_the_run_and_keeps_the_last_one(
+    run, held_open: set[str], fake_scores, monkeypatch
+):
+    fake_scores([30.0], [10])
+    run(*THREE_STEPS, "--epochs", 1, "--output-dir", "one", scored=True)
+    fake_scores([30.0, 20.0, 10.0], [10, 10, 10])
+    hold_in_second_epoch(monkeypatch, held_open, "generator_best.pt")
+    outcome = run(*THREE_STEPS, "--epochs", 3, scored=True)
+    path = Path("result/generator_best.pt")
+    assert outcome.is_one_line(1, f"error: cannot write {path}", "Permission denied")
+    assert_same_run("result", "one")
+
+
+def interrupt_writing(monkeypatch: pytest.MonkeyPatch, name: str, time: int) -> None:
+    """Let Ctrl-C come when a file is to be moved into place for the first or another time."""
+    original = Path.replace
+    times = 0
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal times
+        if Path(target).name == name:
+            times += 1
+            if times == time:
+                signal.raise_signal(signal.SIGINT)
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+
+
+@pytest.mark.parametrize("name", ["real_samples.png", "generated_epoch_001.png", "history.csv"])
+def test_the_checkpoint_of_an_epoch_is_there_before_its_pictures(run, monkeypatch, name: str):
+    interrupt_writing(monkeypatch, name, time=1)
+    assert run(*THREE_STEPS).is_one_line(130, "stopped: epoch 1 is saved")
+    assert saved()["epoch"] == 1
+    assert not Path("result", name).exists()
+
+
+def test_the_best_generator_is_there_before_the_checkpoint_of_its_epoch(
+    run, fake_scores, monkeypatch
+):
+    fake_scores([30.0, 20.0], [10, 10])
+    interrupt_writing(monkeypatch, "checkpoint.pt", time=2)
+    outcome = run(*THREE_STEPS, "--epochs", 2, scored=True)
+    assert outcome.is_one_line(130, "stopped: epoch 1 is saved")
+    assert saved()["epoch"] == 1
+    best = torch.load("result/generator_best.pt", weights_only=True)
+    assert best["epoch"] == 2
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_no_part_of_it(run, monkeypatch):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents("result")
+    monkeypatch.setattr(os, "fsync", lambda _: signal.raise_signal(signal.SIGINT))
+    assert run("--resume", "--epochs", 2).is_one_line(130, "stopped: ", "the same command")
+    assert contents("result") == before
+
+
+def test_a_disk_that_gets_full_keeps_what_was_there(run, monkeypatch):
+    run(*THREE_STEPS, "--epochs", 1, "--output-dir", "one")
+
+    def fsync(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
+        if step == 4:
+            monkeypatch.setattr(os, "fsync", fsync)
+        return stats
+
+    change_steps(monkeypatch, change)
+    outcome = run(*THREE_STEPS, "--epochs", 3)
+    assert outcome.is_one_line(1, "error: cannot write", "checkpoint.pt", "No space left")
+    assert_same_run("result", "one")
+
+
+def test_a_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(run):
+    disk = Path("disk")
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        outcome = run(*THREE_STEPS, "--epochs", 100, "--output-dir", "disk/result")
+        assert outcome.is_one_line(1, "error: cannot write disk/result/", "No space left")
+        assert not list(disk.rglob("*.tmp"))
+        epoch = saved("disk/result")["epoch"]
+        assert 1 <= epoch < 100
+        shutil.copytree("disk/result", "result")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    run(*THREE_STEPS, "--epochs", epoch + 1, "--output-dir", "whole")
+    assert run("--resume", "--epochs", epoch + 1).code == 0
+    assert_same_run("result", "whole")
+
+
+def test_a_folder_deleted_during_the_run_ends_with_one_line(run, monkeypatch):
+    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
+        if step == 5:
+            shutil.rmtree("result")
+        return stats
+
+    change_steps(monkeypatch, change)
+    assert run(*THREE_STEPS).is_one_line(1, "error: cannot write", "checkpoint.pt", "No such file")
+
+
+# ------------------------------------------- checkpoints ------------------------------------------
+@pytest.fixture
+def checkpoint(run, mean_scorer: None) -> Path:
+    """The checkpoint of a run of one epoch, beside the best generator."""
+    run(*THREE_STEPS, "--epochs", 1, scored=True)
+    return Path("result/checkpoint.pt")
+
+
+def test_a_checkpoint_says_what_it_is_and_where_it_comes_from(run):
+    run("--batch-size", 20, "--seed", 7, "--precision", "fp32", "--epochs", 2)
+    checkpoint = saved()
+    assert checkpoint["format"] == dcgan_mnist.FORMAT
+    assert checkpoint["epoch"] == 2
+    expected = Settings(batch_size=20, seed=7, precision="fp32")
+    assert checkpoint["settings"] == dataclasses.asdict(expected)
+    assert checkpoint["made_with"] == {"torch": torch.__version__, "device": "cpu"}
+    assert len(checkpoint["history"]["ds_loss"]) == 6
+
+
+def test_what_is_saved_is_what_is_read(checkpoint: Path, tmp_path: Path):
+    content = saved()
+    RunFolder(tmp_path).save(content, best_generator=None)
+    settings = Settings(**content["settings"])
+    read = dcgan_mnist.read_checkpoint(tmp_path / "checkpoint.pt")
+    assert equal(read, content | {"settings": settings})
+
+
+def assert_refused(run: Callable, data: bytes, *words: str) -> None:
+    """Check that no command takes a checkpoint, changes a file or makes one."""
+    path = Path("result/checkpoint.pt")
+    path.write_bytes(data)
+    before = contents(".")
+    for mode in (["--resume", "--epochs", 9], ["--generate", 3], ["--interpolate"], ["--evaluate"]):
+        assert run(*mode).is_one_line(1, f"error: {path} is ", *words)
+        assert contents(".") == before
+
+
+def test_a_checkpoint_of_the_first_format_is_said_to_be_of_another_version(run, checkpoint: Path):
+    content = saved()
+    content["fixed_noise"] = torch.zeros(50, 8, 1, 1)
+    content["history"] = torch.zeros(3, 9)
+    for name in ("format", "digits_sha256", "made_with"):
+        del content[name]
+    torch.save(content, checkpoint)
+    data = checkpoint.read_bytes()
+    sealed = data[:-2] + b"\x20\0" + bytes(32)  # the zip archive's comment was a check sum
+    assert_refused(run, sealed, "from another version of this program")
+
+
+def test_a_checkpoint_of_a_later_format_is_said_to_be_of_another_version(run, checkpoint: Path):
+    content = saved()
+    content["format"] += 1
+    content["settings"]["curriculum"] = True
+    torch.save(content, checkpoint)
+    assert_refused(run, checkpoint.read_bytes(), "from another version of this program")
+
+
+# -------------------------------------------- damage ----------------------------------------------
+@pytest.fixture
+def is_refused(checkpoint: Path) -> Callable[[bytes], bool]:
+    """Tell whether a file is refused as a checkpoint; if not, it must load as what was saved."""
+    content = saved()
+    content["settings"] = Settings(**content["settings"])
+
+    def is_refused(data: bytes) -> bool:
+        checkpoint.write_bytes(data)
+        try:
+            read = dcgan_mnist.read_checkpoint(checkpoint)
+        except Failure as failure:
+            return str(failure).startswith(f"{checkpoint} is ")
+        assert equal(read, content)
+        return False
+
+    return is_refused
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    """Return a copy of a file with one bit flipped."""
+    copied = bytearray(data)
+    copied[bit // 8] ^= 1 << bit % 8
+    return bytes(copied)
+
+
+def test_checkpoints_cut_at_every_kilobyte_are_refused(run, checkpoint: Path, is_refused):
+    sound = checkpoint.read_bytes()
+    assert not is_refused(sound)
+    cuts = [sound[:size] for size in range(0, len(sound), 1024)]
+    assert len(cuts) > 100
+    for data in cuts:
+        assert is_refused(data)
+    for data in [cuts[0], cuts[1], cuts[-1], sound[:-1]]:
+        assert_refused(run, data, "damaged")
+
+
+def test_checkpoints_with_one_of_200_bits_flipped_are_refused_or_load_unchanged(
+    run, checkpoint: Path, is_refused
+):
+    sound = checkpoint.read_bytes()
+    chance = random.Random(0)
+    refused = []
+    for _ in range(200):
+        data = flipped(sound, chance.randrange(8 * len(sound)))
+        if is_refused(data):
+            refused.append(data)
+    assert len(refused) > 100  # the others lie in the padding between tensors
+    for data in refused[:5]:
+        assert_refused(run, data)
+
+
+def test_a_damaged_best_generator_is_refused_too(run, checkpoint: Path):
+    best = Path("result/generator_best.pt")
+    sound = best.read_bytes()
+    for data in (b"", sound[: len(sound) // 2], flipped(sound, 4 * len(sound))):
+        best.write_bytes(data)
+        outcome = run("--generate", 3, "--best")
+        assert outcome.is_one_line(1, f"error: {best} is damaged")
+        with pytest.raises(Failure, match="is damaged"):
+            load_generator("result", best=True)
+
+
+class Bomb:
+    """An object that writes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return Path.write_text, (Path("exploded"), "!")
+
+
+FOREIGN = {
+    "empty": b"",
+    "a picture": b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(5000),
+    "a pickle": pickle.dumps(Bomb()),
+    "zeros": bytes(5000),
+    "an empty archive": b"PK\x05\x06" + bytes(18),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_that_are_no_checkpoints_are_refused(run, checkpoint: Path, kind: str):
+    assert_refused(run, FOREIGN[kind], "damaged or no checkpoint")
+    assert not Path("exploded").exists()
+
+
+def test_bytes_after_the_end_of_a_checkpoint_change_nothing(checkpoint: Path, is_refused):
+    sound = checkpoint.read_bytes()
+    for tail in (b"\0", b"\n", sound):
+        is_refused(sound + tail)  # or it loads as what was saved
+
+
+@pytest.mark.parametrize(
+    "fault", ["code", "no average", "other widths", "other settings", "a list"]
+)
+def test_sound_files_that_hold_something_else_are_refused(run, checkpoint: Path, fault: str):
+    content = saved()
+    if fault == "code":
+        content["epoch"] = Bomb()
+    elif fault == "no average":
+        del content["average"]
+    elif fault == "other widths":
+        content["average"] = Generator(8, 6).state_dict()
+    elif fault == "other settings":
+        content["settings"]["curriculum"] = True
+    elif fault == "a list":
+        content = [1, 2]
+    torch.save(content, checkpoint)
+    assert_refused(run, checkpoint.read_bytes(), "damaged or no checkpoint")
+    assert not Path("exploded").exists()
+
+
+def test_a_best_generator_is_no_checkpoint_to_go_on_with(run, checkpoint: Path):
+    shutil.copyfile("result/generator_best.pt", checkpoint)
+    before = contents(".")
+    outcome = run("--resume", "--epochs", 2)
+    assert outcome.is_one_line(1, f"error: {checkpoint} is damaged or no checkpoint")
+    assert contents(".") == before
+
+
+# ----------------------------------------- load_generator -----------------------------------------
+def noise(count: int = 16) -> torch.Tensor:
+    """Return noise for the small networks, the same for every call."""
+    stream = torch.Generator().manual_seed(1)
+    return torch.randn(count, dcgan_mnist.LATENT_DIM, 1, 1, generator=stream)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_trained_generator_is_there_in_three_lines(run, device: str):
+    run(*THREE_STEPS, "--epochs", 2)
+    generator = load_generator("result", device=device)
+    z = noise().to(device)
+    images = generator(z)
+    assert images.shape == (16, 1, 28, 28)
+    assert images.device.type == device
+    assert images.dtype == torch.float32
+    assert images.abs().max() <= 1
+    assert not images.requires_grad
+    assert torch.equal(generator(z), images)
+    assert torch.allclose(generator(z[:1]), images[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loaded_generator_is_a_plain_module_in_fp32(run, precision: str, tmp_path: Path):
+    run(*THREE_STEPS, "--epochs", 1, "--precision", precision)
+    generator = load_generator("result")
+    images = generator(noise())
+    assert all(value.dtype != torch.bfloat16 for value in generator.state_dict().values())
+    plain = Generator(dcgan_mnist.LATENT_DIM, dcgan_mnist.WIDTH)
+    plain.load_state_dict(saved()["average"])
+    assert torch.allclose(plain.eval()(noise()), images, atol=1e-6)  # bf16 would be 1e-3 away
+
+    torch.save(generator, tmp_path / "generator.pt")
+    copies = [
+        copy.deepcopy(generator),
+        pickle.loads(pickle.dumps(generator)),
+        torch.load(tmp_path / "generator.pt", weights_only=False),
+    ]
+    for other in copies:
+        assert torch.equal(other(noise()), images)
+        with torch.no_grad():
+            other.layers[-2].bias += 1
+        assert not torch.equal(other(noise()), images)
+    assert torch.equal(generator(noise()), images)
+
+
+def test_loading_a_generator_leaves_random_numbers_alone(run):
+    run(*THREE_STEPS, "--epochs", 1)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    load_generator("result")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_last_or_the_best_epochs_generator_can_be_had(run, fake_scores):
+    fake_scores([10.0, 20.0], [10, 10])
+    run(*THREE_STEPS, "--epochs", 2, "--lr", 0.01, scored=True)
+    run(*THREE_STEPS, "--epochs", 1, "--lr", 0.01, "--output-dir", "one")
+    best = load_generator(Path("result"), best=True)
+    last = load_generator("result")
+    assert torch.equal(best(noise()), load_generator("one")(noise()))
+    assert not torch.equal(best(noise()), last(noise()))
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_no_generator_to_load_is_said(tmp_path: Path, best: bool):
+    with pytest.raises(Failure, match="train first"):
+        load_generator(tmp_path, best)
+    assert contents(tmp_path) == {}
+
+
+def test_the_lines_of_the_readme_work(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    run = dcgan_mnist.Run(DCGAN(Settings(), torch.device("cpu")), digits)
+    folder = RunFolder(Path("result"))
+    folder.make()
+    folder.save(run.checkpoint(), best_generator=None)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = readme[readme.index("    import torch\n    from dcgan_mnist") :].split("\n\n")[0]
+    names: dict[str, object] = {}
+    exec("\n".join(line[4:] for line in lines.splitlines()), names)
+    assert names["images"].shape == (16, 1, 28, 28)

@@ -1,0 +1,353 @@
+"""One training step, the networks that it trains, their precision, and the averaged weights."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import THREE_STEPS, batch, new_gan, parameters, same, saved
+from torch import nn
+
+import dcgan_mnist
+from dcgan_mnist import DRAWING, FIXED_NOISE, NORM_STATISTICS, draw, make_noise, training_step
+
+pytestmark = pytest.mark.usefixtures("small_networks")
+
+
+# --------------------------------------- one training step ----------------------------------------
+def test_each_half_of_a_step_changes_only_its_own_network():
+    gan = new_gan()
+    generator_before = parameters(gan.generator)
+    discriminator_before = parameters(gan.discriminator)
+    generator_between = []
+    discriminator_between = []
+
+    def look(*_: object) -> None:
+        generator_between.extend(parameters(gan.generator))
+        discriminator_between.extend(parameters(gan.discriminator))
+
+    gan.optimizer_d.register_step_post_hook(look)
+    training_step(gan, *batch())
+    assert same(generator_between, generator_before)
+    for after, before in zip(discriminator_between, discriminator_before, strict=True):
+        assert not torch.equal(after, before)
+    assert same(parameters(gan.discriminator), discriminator_between)
+    assert not same(parameters(gan.generator), generator_before)
+
+
+def test_the_generators_half_computes_no_gradient_for_the_discriminator():
+    gan = new_gan()
+    own = []
+
+    def look(*_: object) -> None:
+        own.extend(p.grad.clone() for p in gan.discriminator.parameters())
+
+    gan.optimizer_d.register_step_post_hook(look)
+    training_step(gan, *batch())
+    assert same([p.grad for p in gan.discriminator.parameters()], own)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_discriminator_shows_in_fake_out(frozen: bool):
+    gan = new_gan()
+    if frozen:
+        gan.optimizer_d.param_groups[0]["lr"] = 0.0
+    for _ in range(3):
+        stats = training_step(gan, *batch())
+        figures = dict(zip(dcgan_mnist.STATS, stats.tolist(), strict=True))
+        assert (figures["fake_out_before"] == figures["fake_out_after"]) == frozen
+
+
+def test_the_losses_equal_cross_entropy_on_the_probabilities():
+    real, z = batch()
+    twin = new_gan()
+    cross_entropy = nn.BCELoss()
+    fake = twin.generator(z)
+    on_real = twin.discriminator(real)
+    on_fake = twin.discriminator(fake.detach())
+    ds_loss = cross_entropy(on_real, torch.ones(20)) + cross_entropy(on_fake, torch.zeros(20))
+    ds_loss.backward()
+    twin.optimizer_d.step()
+    on_fake_after = twin.discriminator(fake)
+    gn_loss = cross_entropy(on_fake_after, torch.ones(20))
+
+    stats = training_step(new_gan(), real, z)
+    means = [outputs.mean() for outputs in (on_real, on_fake, on_fake_after)]
+    torch.testing.assert_close(stats, torch.stack([ds_loss, gn_loss, *means]), rtol=0, atol=1e-5)
+
+
+def test_a_confident_discriminator_still_gives_a_gradient():
+    gan = new_gan()
+    with torch.no_grad():
+        gan.discriminator.layers[-1].bias.fill_(-200)  # the probability of real rounds to 0
+    stats = training_step(gan, *batch())
+    assert stats.isfinite().all()
+    assert gan.generator.layers[0].weight.grad.any()
+
+
+def test_the_generator_learns_the_brightness_of_its_data():
+    gan = new_gan(lr=0.002)
+    white = torch.ones(32, 1, 28, 28)
+    z = batch(32)[1]
+    for _ in range(150):
+        training_step(gan, white, z)
+    assert draw(gan.generator, z).float().mean() > 200
+
+
+def test_settings_reach_both_optimisers():
+    gan = new_gan(lr=0.01, beta1=0.7, beta2=0.9)
+    for optimizer in (gan.optimizer_g, gan.optimizer_d):
+        assert optimizer.param_groups[0]["lr"] == 0.01
+        assert optimizer.param_groups[0]["betas"] == (0.7, 0.9)
+
+
+# ------------------------------------------ the networks ------------------------------------------
+@pytest.fixture
+def seeds_of_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds that the GPUs get, if there are any; torch.manual_seed gives them one."""
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(7)
+    assert seeds == [7]
+    seeds.clear()
+    return seeds
+
+
+def test_making_networks_touches_no_random_state_of_the_caller(seeds_of_gpus: list[int]):
+    before = torch.get_rng_state()
+    new_gan(seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeds_of_gpus == []
+
+
+@pytest.mark.parametrize("way", ["library", "--generate", "--resume"])
+def test_loading_networks_touches_no_random_state_of_the_caller(
+    run, seeds_of_gpus: list[int], way: str
+):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = torch.get_rng_state()
+    if way == "library":
+        dcgan_mnist.load_generator("result")
+    elif way == "--generate":
+        run("--generate", 3)
+    else:
+        run("--resume", "--epochs", 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeds_of_gpus == []
+
+
+def test_the_seed_alone_decides_the_first_weights():
+    first = parameters(new_gan(seed=3).generator)
+    torch.manual_seed(1)
+    assert same(parameters(new_gan(seed=3).generator), first)
+    assert not same(parameters(new_gan(seed=4).generator), first)
+
+
+def change(generator: nn.Module) -> None:
+    """Let a generator draw brighter images."""
+    with torch.no_grad():
+        generator.layers[-2].bias += 1
+
+
+@pytest.mark.parametrize("name", ["generator", "average"])
+def test_a_copy_of_a_generator_computes_with_its_own_weights(name: str):
+    gan = new_gan(precision="bf16")
+    training_step(gan, *batch())
+    generator = getattr(gan, name).eval()
+    z = batch()[1]
+    images = generator(z)
+    twin = copy.deepcopy(generator)
+    assert torch.equal(twin(z), images)
+    change(twin)
+    assert (twin(z) > images).all()
+    assert torch.equal(generator(z), images)
+    change(generator)
+    assert torch.equal(twin(z), generator(z))
+
+
+@pytest.mark.parametrize("name", ["generator", "average"])
+def test_a_generator_can_be_pickled_and_saved(name: str, tmp_path: Path):
+    gan = new_gan(precision="bf16")
+    training_step(gan, *batch())
+    generator = getattr(gan, name).eval()
+    torch.save(generator, tmp_path / "generator.pt")
+    loaded = torch.load(tmp_path / "generator.pt", weights_only=False)
+    pickled = pickle.loads(pickle.dumps(generator))
+    z = batch()[1]
+    images = generator(z)
+    for twin in (loaded, pickled):
+        assert torch.equal(twin(z), images)
+        change(twin)
+        assert (twin(z) > images).all()
+    assert torch.equal(generator(z), images)
+
+
+# -------------------------------------------- drawing ---------------------------------------------
+class Pictures(nn.Module):
+    """A generator that makes an image of each number of noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.scale * z.expand(-1, -1, 28, 28)
+
+
+def test_digits_are_black_at_minus_one_and_white_at_one():
+    digits = draw(Pictures(), torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]).view(5, 1, 1, 1))
+    assert digits.shape == (5, 28, 28)
+    assert digits.dtype == torch.uint8
+    assert digits[:, 0, 0].tolist() == [0, 64, 128, 191, 255]
+
+
+def test_every_noise_has_its_digit_however_many_there_are():
+    z = torch.linspace(-1, 1, 256).view(256, 1, 1, 1)
+    assert draw(Pictures(), z)[:, 5, 5].tolist() == list(range(256))
+
+
+# ------------------------------------------- precision --------------------------------------------
+@pytest.mark.parametrize(
+    ("device", "cpu", "capability", "expected"),
+    [
+        ("cpu", {"avx512_bf16": True}, (0, 0), True),
+        ("cpu", {"amx_bf16": True}, (0, 0), True),
+        ("cpu", {"avx512_bf16": False}, (9, 0), False),
+        ("cpu", {}, (9, 0), False),
+        ("cuda", {}, (8, 0), True),
+        ("cuda", {}, (9, 0), True),
+        ("cuda", {"avx512_bf16": True}, (7, 5), False),
+        ("mps", {"avx512_bf16": True}, (9, 0), False),
+    ],
+)
+def test_bf16_is_taken_only_where_the_hardware_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    cpu: dict[str, bool],
+    capability: tuple[int, int],
+    expected: bool,
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert dcgan_mnist.has_bf16(torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("hardware", "asked", "given", "warnings"),
+    [
+        (False, "auto", "fp32", 0),
+        (True, "auto", "bf16", 0),
+        (True, "fp32", "fp32", 0),
+        (False, "bf16", "bf16", 1),
+    ],
+)
+def test_auto_precision_is_the_fastest_and_another_can_be_asked_for(
+    run, monkeypatch: pytest.MonkeyPatch, hardware: bool, asked: str, given: str, warnings: int
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": hardware})
+    outcome = run(*THREE_STEPS, "--epochs", 1, "--precision", asked)
+    assert saved()["settings"]["precision"] == given
+    assert f"Training on 60 digits on cpu in {given}" in outcome.out.splitlines()
+    assert len(outcome.warnings()) == warnings
+
+
+def test_bf16_computes_in_bf16_and_keeps_everything_in_fp32():
+    gan = new_gan(precision="bf16")
+    real, z = batch()
+    inside = []
+    for network in (gan.generator, gan.discriminator):
+        network.layers[0].register_forward_hook(lambda *call: inside.append(call[2].dtype))
+    stats = training_step(gan, real, z)
+    assert set(inside) == {torch.bfloat16}
+    assert stats.dtype == torch.float32
+    with gan.autocast():
+        assert gan.generator(z).dtype == torch.float32
+    with gan.autocast():
+        assert gan.discriminator.logits(real).dtype == torch.float32
+    for network in (gan.generator, gan.discriminator):
+        floats = [t for t in network.state_dict().values() if t.is_floating_point()]
+        assert {t.dtype for t in floats} == {torch.float32}
+        assert {p.grad.dtype for p in network.parameters()} == {torch.float32}
+    for optimizer in (gan.optimizer_g, gan.optimizer_d):
+        states = [t for state in optimizer.state.values() for t in state.values()]
+        assert {t.dtype for t in states} == {torch.float32}
+
+
+def test_bf16_gives_the_figures_of_fp32_but_for_rounding():
+    exact = training_step(new_gan(precision="fp32"), *batch())
+    rounded = training_step(new_gan(precision="bf16"), *batch())
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)
+
+
+def test_bf16_draws_the_digits_of_fp32_but_for_rounding():
+    gan = new_gan(lr=0.01)
+    for _ in range(5):
+        training_step(gan, *batch())
+    z = batch()[1]
+    exact = draw(gan.generator, z).int()
+    rounded = draw(gan.generator, z, "bf16").int()
+    assert not torch.equal(exact, rounded)
+    assert (rounded - exact).abs().max() <= 4
+
+
+# -------------------------------------- the averaged weights --------------------------------------
+def steps_of(gan: dcgan_mnist.DCGAN, count: int) -> list[list[torch.Tensor]]:
+    """Take training steps; return the generator's weights before the first and after each."""
+    weights = [parameters(gan.generator)]
+    for _ in range(count):
+        training_step(gan, *batch())
+        weights.append(parameters(gan.generator))
+    return weights
+
+
+def test_averaged_weights_follow_the_generators():
+    gan = new_gan(ema=0.75)
+    weights = steps_of(gan, 2)
+    for average, w0, w1, w2 in zip(gan.average.parameters(), *weights, strict=True):
+        torch.testing.assert_close(average, 0.75**2 * w0 + 0.75 * 0.25 * w1 + 0.25 * w2)
+
+
+def test_without_averaging_the_generators_own_weights_draw():
+    gan = new_gan(ema=0.0)
+    weights = steps_of(gan, 2)
+    assert same(parameters(gan.average), weights[-1])
+
+
+def test_batchnorm_statistics_fit_the_averaged_weights():
+    gan = new_gan()
+    steps_of(gan, 3)
+    gan.fit_norm_statistics()
+    first, norm = gan.average.layers[:2]
+    with torch.no_grad():
+        values = first(make_noise(1000, gan.settings.seed, NORM_STATISTICS))
+    torch.testing.assert_close(norm.running_mean, values.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-5)
+    variance = values.var(dim=(0, 2, 3))
+    torch.testing.assert_close(norm.running_var, variance, rtol=0.02, atol=1e-5)
+    assert not gan.average.training
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pictures_scores_and_generate_draw_with_the_averaged_weights(
+    run, monkeypatch: pytest.MonkeyPatch, precision: str
+):
+    scored = []
+
+    def scorer(digits: torch.Tensor) -> dict[str, float]:
+        scored.append(digits)
+        return dict.fromkeys(dcgan_mnist.SCORES, 1)
+
+    monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: scorer)
+    run(*THREE_STEPS, "--epochs", 3, "--lr", 0.01, "--precision", precision, scored=True)
+    checkpoint = saved()
+    gan = new_gan()
+    gan.restore(checkpoint)
+    z = make_noise(dcgan_mnist.SCORED, 0, DRAWING)
+    assert torch.equal(scored[-1], draw(gan.average, z, precision))
+    assert not torch.equal(scored[-1], draw(gan.generator.eval(), z, precision))
+    z = make_noise(dcgan_mnist.SAMPLES, 0, FIXED_NOISE)
+    assert torch.equal(checkpoint["samples"][-1], draw(gan.average, z, precision))
+    run("--generate", 20)
+    assert (np.load("result/generated.npy") == scored[-1][:20].numpy()).all()
