@@ -31,6 +31,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import zipfile
@@ -65,10 +66,6 @@ class Failure(Exception):  # noqa: N818 (no error of the program)
 
 class WrongInput(Failure):
     """Something that the user got wrong, such as a flag."""
-
-
-class LostProcess(Failure):
-    """Another process of this run has ended."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -346,7 +343,8 @@ def draw(generator: nn.Module, z: Tensor, precision: str = "fp32") -> Tensor:
 
 
 # =========================================== training ===========================================
-Step = Callable[[Tensor, Tensor], Tensor]  # training_step for one DCGAN: (real, z) -> STATS
+# training_step for one DCGAN: (real, z) -> STATS, which the next step may overwrite
+Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def train_epochs(
@@ -412,7 +410,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     if not there[name]:
         raise WrongInput(f"argument --device: this machine has no {name}; cpu always works")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise Failure(f"there is no GPU number {local_rank}: start fewer processes")
+        raise OSError(f"there is no GPU number {local_rank}: start fewer processes")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
@@ -526,10 +524,8 @@ def lost_process_is_failure(kind: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kind as error:
-        reason = str(error)[:200]
-        raise LostProcess(
-            f"a process of this run has ended; --resume goes on ({reason})"
-        ) from error
+        reason = textwrap.shorten(str(error), 200)
+        raise Failure(f"a process of this run has ended; --resume goes on ({reason})") from error
 
 
 class SharedStep:
@@ -749,8 +745,11 @@ def is_ours(name: str) -> bool:
     """Tell whether a file's name is exactly one that the program writes."""
     names = {CHECKPOINT, BEST, REAL_SAMPLES, TIMELINE, ANIMATION, CURVES, HISTORY}
     names |= {GENERATED, GENERATED_DIGITS, INTERPOLATION, SCORE, NEAREST}
-    epoch = re.fullmatch(r"generated_epoch_([0-9]{3,9})\.png", name)
-    return name in names or (epoch is not None and name == epoch_picture(int(epoch[1])))
+    if name in names:
+        return True
+    match = re.fullmatch(r"generated_epoch_([0-9]{3,9})\.png", name)
+    epoch = int(match[1]) if match else 0
+    return epoch > 0 and name == epoch_picture(epoch)
 
 
 class RunFolder:
@@ -939,14 +938,15 @@ def damage_is_failure(path: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = str(error)[:200]
+        reason = textwrap.shorten(str(error), 200)
         raise Failure(f"{path} is damaged or no checkpoint of this program: {reason}") from error
 
 
 def read_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     """Return the averaged generator in a checkpoint, and the checkpoint. Raises Failure."""
     checkpoint = read_checkpoint(path)
-    generator = Generator(LATENT_DIM, WIDTH)
+    with torch.random.fork_rng(devices=[]):  # new weights draw from the caller's random numbers
+        generator = Generator(LATENT_DIM, WIDTH)
     with damage_is_failure(path):
         generator.load_state_dict(checkpoint["average"])
     generator.to(device=device, memory_format=torch.channels_last)
@@ -1085,7 +1085,8 @@ def new_run(options: Namespace, device: torch.device) -> tuple[Settings, Tensor,
     given = given_settings(options)
     recipe = RECIPES[given.get("recipe", Settings.recipe)]
     precision = "bf16" if has_bf16(device) else "fp32"
-    settings = Settings(**({"precision": precision} | recipe | given))  # the last one wins
+    chosen = {"precision": precision} | recipe | given  # the last one wins
+    settings = Settings(**chosen, dry_run=options.dry_run)
     return settings, load_digits(options.data_dir, settings.split)[0], None
 
 
@@ -1108,8 +1109,8 @@ def read_run(options: Namespace, folder: RunFolder) -> tuple[Settings, Tensor, d
 
 
 def given_settings(options: Namespace) -> dict[str, object]:
-    """Return the settings that the command line gives, without their defaults."""
-    names = {field.name for field in dataclasses.fields(Settings)}
+    """Return the training flags that the command line gives, without any defaults."""
+    names = {field.name for field in dataclasses.fields(Settings)} - {"dry_run"}
     given = {name: value for name, value in vars(options).items() if name in names}
     return {name: value for name, value in given.items() if value != "auto"}
 
@@ -1553,11 +1554,11 @@ def main(argv: list[str] | None = None) -> int:
             with stop_signals(rank), muted(rank):
                 run_command(parse_options(argv), processes)
             return 0
-        except (WrongInput, LostProcess) as error:
-            if rank == 0:  # it speaks for all
+        except Failure as error:
+            if rank == 0:  # it speaks for all, which fail alike
                 last_line("error", error, rank)
             return 2 if isinstance(error, WrongInput) else 1
-        except (Failure, OSError, torch.OutOfMemoryError) as error:
+        except (OSError, torch.OutOfMemoryError) as error:
             last_line("error", error, rank)
             return 1
         except KeyboardInterrupt as interrupt:

@@ -131,9 +131,9 @@ def test_loading_networks_touches_no_random_state_of_the_caller(
     if way == "library":
         dcgan_mnist.load_generator("result")
     elif way == "--generate":
-        run("--generate", 3)
+        assert run("--generate", 3).code == 0
     else:
-        run("--resume", "--epochs", 2)
+        assert run("--resume", "--epochs", 2).code == 0
     assert torch.equal(torch.get_rng_state(), before)
     assert seeds_of_gpus == []
 
