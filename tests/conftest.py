@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Outcome, write_split
+from helpers import MeanScorer, Outcome, grey_curves, write_split
 
 import dcgan_mnist
 
@@ -27,8 +27,16 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def quick_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program draw grey_curves, and few digits for a score."""
+    monkeypatch.setattr(dcgan_mnist, "SCORED", 100)
+    monkeypatch.setattr(dcgan_mnist, "curves", grey_curves)
+
+
+@pytest.fixture
 def run(
     small_networks: None,
+    quick_epochs: None,
     data_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -69,3 +77,9 @@ def fake_scores(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: score)
 
     return fake
+
+
+@pytest.fixture
+def mean_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program score with a MeanScorer."""
+    monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: MeanScorer())

@@ -161,7 +161,7 @@ def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     devices = [dcgan_mnist.pick_device("cuda", local_rank) for local_rank in (0, 1)]
     assert devices == [torch.device("cuda", 0), torch.device("cuda", 1)]
-    with pytest.raises(Failure, match="GPU"):
+    with pytest.raises(OSError, match="GPU"):
         dcgan_mnist.pick_device("cuda", local_rank=2)
 
 

@@ -22,79 +22,23 @@ import pytest
 import small_program
 import torch
 from helpers import (
+    REAL_CURVES,
     ROOT,
     RUN_FILES,
     THREE_STEPS,
+    MeanScorer,
+    assert_same_run,
     change_steps,
     contents,
     digits_in,
+    grey_curves,
     saved,
     size_of,
     write_idx,
     write_split,
 )
-from PIL import Image
 
 import dcgan_mnist
-
-REAL_CURVES = dcgan_mnist.curves
-
-
-def grey_curves(history: dict[str, torch.Tensor]) -> Image.Image:
-    """Draw curves as plain grey levels, for matplotlib takes longer than all else."""
-    figures = torch.stack(list(history.values()))
-    return Image.fromarray(figures.view(torch.uint8).numpy())
-
-
-@pytest.fixture(autouse=True)
-def quick_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program draw grey_curves, and few digits for a score."""
-    monkeypatch.setattr(dcgan_mnist, "SCORED", 100)
-    monkeypatch.setattr(dcgan_mnist, "curves", grey_curves)
-
-
-class MeanScorer:
-    """A scorer that needs no training: the distance is the mean grey level."""
-
-    floor = 1.0
-
-    def __call__(self, digits: torch.Tensor) -> dict[str, float]:
-        return {"fd": digits.float().mean().item(), "digits": 10, "evenness": 0.9, "confident": 0.5}
-
-
-@pytest.fixture
-def mean_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program score with a MeanScorer."""
-    monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: MeanScorer())
-
-
-def equal(a: object, b: object) -> bool:
-    """Whether two checkpoints, or parts of them, hold the same values, to the bit."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return False
-        return a.numpy().tobytes() == b.numpy().tobytes()
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
-def assert_same_run(a: Path | str, b: Path | str) -> None:
-    """Check that two folders hold the same files with the same content, to the bit."""
-    first = contents(a)
-    second = contents(b)
-    assert sorted(first) == sorted(second)
-    for name in first:
-        if name.endswith(".pt"):
-            one = torch.load(Path(a, name), weights_only=True)
-            other = torch.load(Path(b, name), weights_only=True)
-            assert equal(one, other), name
-        else:
-            assert first[name] == second[name], name
 
 
 # ----------------------------------------- going on exactly ---------------------------------------

@@ -56,6 +56,12 @@ def test_the_distance_can_be_had_where_features_are_always_zero():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
+def test_the_distance_can_be_had_where_features_depend_on_one_another():
+    stream = torch.Generator().manual_seed(0)
+    a = torch.randn(200, 5, generator=stream) @ torch.randn(5, 64, generator=stream)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-3)  # their variances add up to 366
+
+
 # ------------------------------------------- the scorer -------------------------------------------
 @pytest.fixture(scope="session")
 def scorer() -> Scorer:
