@@ -777,9 +777,9 @@ class RunFolder:
 
     def resume(self) -> dict:
         """Lock the folder and return the checkpoint of its run. Raises Failure."""
-        check_exists(self.path / CHECKPOINT)
-        self.make()
-        self.lock()
+        if self.path.is_dir():
+            self.make()
+            self.lock()
         return read_checkpoint(self.path / CHECKPOINT)
 
     def make(self) -> None:
@@ -904,15 +904,10 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
 
 
-def check_exists(path: Path) -> None:
-    """Raise Failure if there is no such checkpoint."""
-    if not path.exists():
-        raise Failure(f"there is no {path}; train first, or name another --output-dir")
-
-
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint or a best generator. Raises Failure if it is missing or damaged."""
-    check_exists(path)
+    if not path.exists():
+        raise Failure(f"there is no {path}; train first, or name another --output-dir")
     data = io.BytesIO(path.read_bytes())
     with damage_is_failure(path):
         with zipfile.ZipFile(data) as archive:
