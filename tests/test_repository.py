@@ -51,7 +51,6 @@ def test_readme_lists_every_flag_with_its_default(
     printed = capsys.readouterr().out
     flag = re.compile(r"^  (--[a-z0-9-]+)( \S+)?\s.*?\(default: (.*?)\)$", re.M | re.S)
     in_help = {name: default if value else "off" for name, value, default in flag.findall(printed)}
-    section = README.split("\n## Flags\n")[1].split("\n## ")[0]
     table = README.split("| flag | default | meaning |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `(--[a-z0-9-]+)[^`]*` \| (.*?) \|", table, re.MULTILINE)
     in_readme = {name: default.replace("`", "") for name, default in rows}
