@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import inspect
 import os
 import pickle
 import random
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -34,6 +36,8 @@ import dcgan_mnist
 from dcgan_mnist import DCGAN, Failure, Generator, RunFolder, Settings, load_generator
 
 DRAWN = sorted(RUN_FILES - {"checkpoint.pt"})
+SOURCE, FIRST_LINE = inspect.getsourcelines(RunFolder)
+FILES_ROOM = range(FIRST_LINE, FIRST_LINE + len(SOURCE))
 DEVICES = [
     "cpu",
     pytest.param(
@@ -284,6 +288,39 @@ def test_half_written_files_of_a_killed_run_are_removed(run, earlier_run: dict[s
 
 
 # ----------------------------------------- what is written ----------------------------------------
+@pytest.mark.usefixtures("mean_scorer")
+def test_at_no_moment_of_a_run_is_a_file_half_written(run):
+    whole: dict[str, set[bytes]] = {}  # what each file holds after an epoch
+    for epochs in (1, 2, 3):
+        run(*THREE_STEPS, "--epochs", epochs, "--output-dir", epochs, scored=True)
+        for name, content in contents(str(epochs)).items():
+            whole.setdefault(name, set()).add(content)
+    moments = 0
+    torn = set()
+
+    def look(frame: FrameType, event: str, _: object) -> Callable | None:
+        """See what a kill at this line of the program would leave."""
+        nonlocal moments
+        if frame.f_code.co_filename != dcgan_mnist.__file__:
+            return None
+        if frame.f_lineno in FILES_ROOM:
+            moments += 1
+            for path in Path("result").glob("[!.]*"):
+                if path.read_bytes() not in whole[path.name]:
+                    torn.add(path.name)
+        return look
+
+    before = sys.gettrace()
+    sys.settrace(look)
+    try:
+        outcome = run(*THREE_STEPS, "--epochs", 3, scored=True)
+    finally:
+        sys.settrace(before)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert moments > 100
+    assert torn == set()
+
+
 @pytest.fixture
 def held_open(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The names of files that cannot be replaced, as on Windows while a program shows them."""

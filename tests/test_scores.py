@@ -65,8 +65,10 @@ def test_the_distance_can_be_had_where_features_depend_on_one_another():
 # ------------------------------------------- the scorer -------------------------------------------
 @pytest.fixture(scope="session")
 def scorer() -> Scorer:
-    """The scorer of every run, as good as it gets."""
-    return Scorer(torch.device("cpu"))
+    """A scorer that has learned for half as long as that of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcgan_mnist, "SCORER_EPOCHS", 5)
+        return Scorer(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
