@@ -57,6 +57,7 @@ WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4
 SAMPLES = 50  # digits in the picture of an epoch: five rows of ten
 SCORED = 2000  # digits drawn for the score of an epoch: their distance is right to a few percent
 PROGRAM = "dcgan_mnist.py"
+NORM_SAMPLES = 1000  # digits drawn for the statistics of the averaged generator's BatchNorm layers
 BUNDLED = Path(__file__).resolve().parent / "MNIST"  # the data folder beside this file
 
 
@@ -262,7 +263,7 @@ class DCGAN:
 
     def fit_norm_statistics(self) -> None:
         """Give the averaged generator's BatchNorm layers the statistics of its own weights."""
-        z = make_noise(1000, self.settings.seed, NORM_STATISTICS)
+        z = make_noise(NORM_SAMPLES, self.settings.seed, NORM_STATISTICS)
         with self.autocast():
             update_bn(z.split(100), self.average, self.device)
 

@@ -28,8 +28,9 @@ def data_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program draw grey_curves, and few digits for a score."""
+    """Let the program draw grey_curves, and few digits for scores and statistics."""
     monkeypatch.setattr(dcgan_mnist, "SCORED", 100)
+    monkeypatch.setattr(dcgan_mnist, "NORM_SAMPLES", 100)
     monkeypatch.setattr(dcgan_mnist, "curves", grey_curves)
 
 

@@ -54,6 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(dcgan_mnist, "WIDTH", 4)
         patch.setattr(dcgan_mnist, "LATENT_DIM", 8)
         patch.setattr(dcgan_mnist, "curves", grey_curves)
+        patch.setattr(dcgan_mnist, "NORM_SAMPLES", 100)
         assert dcgan_mnist.main([str(option) for option in argv]) == 0
     return folder / "result"
 

@@ -24,7 +24,7 @@ from helpers import (
     ROOT,
     RUN_FILES,
     THREE_STEPS,
-    assert_same_run,
+    batch,
     change_steps,
     contents,
     equal,
@@ -538,12 +538,19 @@ def test_a_checkpoint_says_what_it_is_and_where_it_comes_from(run):
     assert len(checkpoint["history"]["ds_loss"]) == 6
 
 
-def test_what_is_saved_is_what_is_read(checkpoint: Path, tmp_path: Path):
-    content = saved()
-    RunFolder(tmp_path).save(content, best_generator=None)
-    settings = Settings(**content["settings"])
-    read = dcgan_mnist.read_checkpoint(tmp_path / "checkpoint.pt")
-    assert equal(read, content | {"settings": settings})
+@pytest.mark.usefixtures("small_networks")
+def test_what_is_saved_is_what_is_read(tmp_path: Path):
+    gan = new_gan(seed=3, lr=0.01)
+    dcgan_mnist.training_step(gan, *batch())
+    gan.epoch = 1
+    run = dcgan_mnist.Run(gan, torch.zeros(60, 28, 28, dtype=torch.uint8))
+    run.best_epoch = 1
+    content = run.checkpoint()
+    best = run.best_generator()
+    RunFolder(tmp_path).save(content, best)
+    for name, expected in {"checkpoint.pt": content, "generator_best.pt": best}.items():
+        read = dcgan_mnist.read_checkpoint(tmp_path / name)
+        assert equal(read, expected | {"settings": gan.settings})
 
 
 def assert_refused(run: Callable, data: bytes, *words: str) -> None:
