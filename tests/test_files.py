@@ -24,10 +24,12 @@ from helpers import (
     ROOT,
     RUN_FILES,
     THREE_STEPS,
+    assert_same_run,
     batch,
     change_steps,
     contents,
     equal,
+    new_gan,
     saved,
     write_idx,
 )
