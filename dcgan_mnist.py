@@ -919,6 +919,9 @@ def read_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(data, map_location="cpu", weights_only=True)  # runs no code
         found = checkpoint.get("format", 1)
         if found == FORMAT:
+            missing = {"epoch", "digits_sha256", "made_with", "average"} - checkpoint.keys()
+            if missing:
+                raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
             checkpoint["settings"] = Settings(**checkpoint["settings"])
     if found != FORMAT:
         versions = f"it has format {found}, this one {FORMAT}"
@@ -1063,15 +1066,15 @@ def train(
             for _ in loop:  # the first process scores, saves and draws
                 pass
             return
-        if checkpoint is None:
-            folder.begin(settings.dry_run)
-        else:
+        if checkpoint is not None:
             folder.write_pictures(run.samples, run.real, run.history)  # if any are missing
         if run.gan.epoch >= epochs:
             done = f"{folder.path} already holds epoch {run.gan.epoch}"
             print(f"{done}; to go on, give a larger --epochs")
             return
         scorer = None if options.no_score else make_scorer(device)
+        if checkpoint is None:  # last, for it moves an earlier run away
+            folder.begin(settings.dry_run)
         announce(settings, device, len(digits))
         score_save_draw(run, loop, epochs, scorer, folder)
 

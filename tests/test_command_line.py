@@ -266,7 +266,6 @@ def surroundings() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),
         "random numbers": torch.get_rng_state().tolist(),
-        "environment": dict(os.environ),
     }
 
 

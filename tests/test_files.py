@@ -281,6 +281,15 @@ def test_a_run_that_cannot_begin_moves_nothing(
     assert not Path("result/previous_001").exists()
 
 
+def test_a_run_without_a_scorer_moves_nothing(run, earlier_run: dict[str, bytes], monkeypatch):
+    def missing(_: torch.device) -> None:
+        raise Failure("the digits of the scorer are missing")
+
+    monkeypatch.setattr(dcgan_mnist, "make_scorer", missing)
+    assert run(*THREE_STEPS, scored=True).is_one_line(1, "error: the digits of the scorer")
+    assert contents(".") == earlier_run
+
+
 def test_half_written_files_of_a_killed_run_are_removed(run, earlier_run: dict[str, bytes]):
     for name in (".checkpoint.pt.tmp", ".generated_epoch_007.png.tmp"):
         Path("result", name).write_bytes(b"half")
@@ -677,7 +686,8 @@ def test_bytes_after_the_end_of_a_checkpoint_change_nothing(checkpoint: Path, is
 
 
 @pytest.mark.parametrize(
-    "fault", ["code", "no average", "other widths", "other settings", "a list"]
+    "fault",
+    ["code", "no average", "no epoch", "no check sum", "other widths", "other settings", "a list"],
 )
 def test_sound_files_that_hold_something_else_are_refused(run, checkpoint: Path, fault: str):
     content = saved()
@@ -685,6 +695,10 @@ def test_sound_files_that_hold_something_else_are_refused(run, checkpoint: Path,
         content["epoch"] = Bomb()
     elif fault == "no average":
         del content["average"]
+    elif fault == "no epoch":
+        del content["epoch"]
+    elif fault == "no check sum":
+        del content["digits_sha256"]
     elif fault == "other widths":
         content["average"] = Generator(8, 6).state_dict()
     elif fault == "other settings":
