@@ -269,19 +269,24 @@ def surroundings() -> dict[str, object]:
     }
 
 
+def unusual_surroundings() -> dict[str, object]:
+    """Let the streams have error handlers that the program would not set; return all there is."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    return surroundings()
+
+
 @pytest.fixture(params=[False, True])
-def unusual_surroundings(
+def deterministic_or_not(
     request: pytest.FixtureRequest,
     run: Callable,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Let things be set otherwise than the program would set them."""
+    """Let torch compute the same every time or not, and temporary files be found."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", request.param)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
 
 
 def send(signum: int) -> Callable[..., NoReturn]:
@@ -294,7 +299,7 @@ def send(signum: int) -> Callable[..., NoReturn]:
     return send_it
 
 
-@pytest.mark.usefixtures("unusual_surroundings")
+@pytest.mark.usefixtures("deterministic_or_not")
 @pytest.mark.parametrize(
     ("step", "code"),
     [
@@ -313,29 +318,29 @@ def test_everything_is_as_before_after_a_run_however_it_ends(
     run, monkeypatch: pytest.MonkeyPatch, step: Callable, code: int
 ):
     monkeypatch.setattr(dcgan_mnist, "training_step", step)
-    before = surroundings()
+    before = unusual_surroundings()
     outcome = run(*THREE_STEPS, "--dry-run")
     assert surroundings() == before
     assert outcome.code == code
     assert len(outcome.err.splitlines()) == (code != 0)
 
 
-@pytest.mark.usefixtures("unusual_surroundings")
+@pytest.mark.usefixtures("deterministic_or_not")
 @pytest.mark.parametrize(
     ("argv", "code"), [(["--epochs", "0"], 2), (["--generate", "3"], 1), (["--resume"], 1)]
 )
 def test_everything_is_as_before_after_a_command_that_cannot_be(run, argv: list[str], code: int):
-    before = surroundings()
+    before = unusual_surroundings()
     assert run(*argv).code == code
     assert surroundings() == before
 
 
-@pytest.mark.usefixtures("unusual_surroundings")
+@pytest.mark.usefixtures("deterministic_or_not")
 def test_everything_is_as_before_after_a_fault_of_the_program_or_the_help(
     run, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(dcgan_mnist, "training_step", raising(ZeroDivisionError()))
-    before = surroundings()
+    before = unusual_surroundings()
     with pytest.raises(ZeroDivisionError):
         run(*THREE_STEPS, "--dry-run")
     with pytest.raises(SystemExit):
@@ -343,13 +348,13 @@ def test_everything_is_as_before_after_a_fault_of_the_program_or_the_help(
     assert surroundings() == before
 
 
-@pytest.mark.usefixtures("unusual_surroundings")
+@pytest.mark.usefixtures("deterministic_or_not")
 def test_everything_is_as_before_in_a_process_that_prints_nothing(
     run, monkeypatch: pytest.MonkeyPatch
 ):
     for name, value in torchrun_environment(RANK="1").items():
         monkeypatch.setenv(name, value)
-    before = surroundings()
+    before = unusual_surroundings()
     outcome = run("--epochs", 0)
     assert (outcome.code, outcome.out, outcome.err) == (2, "", "")
     assert surroundings() == before
@@ -408,21 +413,26 @@ SHOWN = {
 
 @pytest.mark.parametrize("encoding", SHOWN)
 def test_a_console_that_lacks_characters_shows_escapes_instead(
-    tmp_path: Path, data_dir: Path, encoding: str
+    run, monkeypatch: pytest.MonkeyPatch, encoding: str
 ):
+    console = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", console)
+    assert run(*THREE_STEPS, "--epochs", 1, "--output-dir", FOLDER).code == 0
+    console.flush()
+    assert f"saved to {SHOWN[encoding]} after" in console.buffer.getvalue().decode(encoding)
+    assert saved(FOLDER)["epoch"] == 1
+
+
+def test_a_process_whose_console_lacks_characters_ends_well(tmp_path: Path, data_dir: Path):
+    encoding = "cp932"
     command = [sys.executable, ROOT / "tests" / "small_program.py", "--data-dir", data_dir]
     command += ["--epochs", "1", "--no-score", "--device", "cpu", "--output-dir", FOLDER]
+    changes = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        check=False,
+        command, cwd=tmp_path, env=os.environ | changes, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert f"saved to {SHOWN[encoding]} after" in done.stdout.decode(encoding)
-    assert saved(tmp_path / FOLDER)["epoch"] == 1
 
 
 @pytest.mark.parametrize("encoding", SHOWN)
