@@ -395,6 +395,7 @@ def torchrun_environment(**changes: str | None) -> dict[str, str]:
 def test_half_an_environment_of_torchrun_is_refused_with_one_line(
     run, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: list[str]
 ):
+    monkeypatch.setattr(torch.distributed, "init_process_group", raising(AssertionError()))
     for name in torchrun_environment():
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
