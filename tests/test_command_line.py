@@ -454,10 +454,3 @@ def test_a_folder_whose_name_is_no_text_can_be_written_to(run):
     outcome = run(*THREE_STEPS, "--epochs", 1, "--output-dir", folder)
     assert (outcome.code, outcome.err) == (0, "")
     assert saved(folder)["epoch"] == 1
-
-
-# -------------------------------------------- a dry run -------------------------------------------
-def test_dry_run_takes_three_steps_in_each_of_two_epochs(run):
-    out = run("--dry-run", "--epochs", 9, "--batch-size", 10, "--log-every", 1).out
-    assert re.findall(r"^Epoch .*", out, re.MULTILINE) == ["Epoch 1/2", "Epoch 2/2"]
-    assert out.count("/3) ds_loss") == 6

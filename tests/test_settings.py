@@ -59,16 +59,3 @@ def test_a_flag_holds_against_a_recipe_and_against_a_default(run, recipe_first: 
     assert kept.lr == 0.1
     assert kept.seed == 3
     assert kept.ema == 0
-
-
-def test_a_recipe_is_kept_by_a_resumed_run(run):
-    tuned = ("--recipe", "tuned", "--lr", 0.001)
-    run(*THREE_STEPS, *tuned, "--epochs", 1)
-    before = kept_settings()
-    assert before.lr == 0.001
-    assert before.beta2 == RECIPES["tuned"]["beta2"]
-    assert run("--resume", "--epochs", 2).code == 0
-    assert run("--resume", "--epochs", 3, "--recipe", "tuned").code == 0
-    assert kept_settings() == before
-    refused = run("--resume", "--epochs", 4, "--recipe", "article")
-    assert refused.is_one_line(2, "--recipe", "article", "tuned")
