@@ -1424,7 +1424,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
         parser.error(f"{' and '.join(modes)} do not go together")
     if options.generate or options.interpolate or options.evaluate:
         used = {"seed", "split"} if isinstance(options.evaluate, Path) else {"seed"}
-        for name in given_settings(options).keys() - used:
+        for name in sorted(given_settings(options).keys() - used):
             parser.error(
                 f"--{name.replace('_', '-')} shapes training and does not go with {modes[0]}"
             )
