@@ -521,7 +521,10 @@ class Processes:
 
 @contextmanager
 def lost_process_is_failure(kind: type[Exception]) -> Iterator[None]:
-    """Turn an error of the communication into the line that says what happened."""
+    """Turn an error of the communication into the line that says what happened.
+
+    ``kind`` is RuntimeError around a call that only communicates, DistError around all else.
+    """
     try:
         yield
     except kind as error:
@@ -1054,11 +1057,12 @@ def train(
         if processes.rank == 0:
             start = read_run(options, folder) if options.resume else new_run(options, device)
         settings, digits, checkpoint = processes.broadcast(start)
-        check_batches(settings.batch_size, len(digits), processes.count)
         run = Run(DCGAN(settings, device), digits)
         if checkpoint is not None:
+            check_digits(run, checkpoint, options.data_dir)
             with damage_is_failure(folder.path / CHECKPOINT):
                 run.restore(checkpoint)
+        check_batches(settings.batch_size, len(digits), processes.count)
         epochs = 2 if settings.dry_run else options.epochs
         step = fastest_step(run.gan, processes)
         loop = train_epochs(run.gan, step, digits.to(device), epochs, options.log_every)
@@ -1098,13 +1102,13 @@ def read_run(options: Namespace, folder: RunFolder) -> tuple[Settings, Tensor, d
     for name, given in given_settings(options).items():
         kept = getattr(settings, name)
         if given != kept:
-            flag = name.replace("_", "-")
-            raise WrongInput(f"argument --{flag}: {given}, but the run has {kept}")
-    digits = load_digits(options.data_dir, settings.split)[0]
-    if checkpoint["digits_sha256"] != sha256_of(digits):
-        others = f"{options.data_dir} holds other digits than those that the run began with"
-        raise WrongInput(f"argument --data-dir: {others}; name their folder")
-    return settings, digits, checkpoint
+            raise WrongInput(f"argument {flag(name)}: {given}, but the run has {kept}")
+    return settings, load_digits(options.data_dir, settings.split)[0], checkpoint
+
+
+def flag(name: str) -> str:
+    """Return the flag of an option: "--batch-size" of "batch_size"."""
+    return f"--{name.replace('_', '-')}"
 
 
 def given_settings(options: Namespace) -> dict[str, object]:
@@ -1112,6 +1116,13 @@ def given_settings(options: Namespace) -> dict[str, object]:
     names = {field.name for field in dataclasses.fields(Settings)} - {"dry_run"}
     given = {name: value for name, value in vars(options).items() if name in names}
     return {name: value for name, value in given.items() if value != "auto"}
+
+
+def check_digits(run: Run, checkpoint: dict, data_dir: Path) -> None:
+    """Raise WrongInput if a run would go on with other digits than it began with."""
+    if checkpoint["digits_sha256"] != run.digits_sha256:
+        others = f"{data_dir} holds other digits than those that the run began with"
+        raise WrongInput(f"argument --data-dir: {others}; name their folder")
 
 
 def check_batches(batch_size: int, count: int, processes: int) -> None:
@@ -1174,9 +1185,8 @@ def score_save_draw(
 
 def generate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
     """Draw digits with a trained generator."""
-    generator, settings, _ = trained_generator(options, device, folder)
-    z = make_noise(options.generate, drawing_seed(options), DRAWING)
-    digits = draw(generator, z, settings.precision)
+    z = drawing_noise(options.generate, options)
+    digits, _ = draw_from_run(z, options, device, folder)
     with folder.writing(GENERATED_DIGITS) as file:
         np.save(file, digits.numpy())
     with folder.writing(GENERATED) as file:
@@ -1185,9 +1195,8 @@ def generate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
 
 def interpolate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
     """Draw ten walks from one digit to another, one a row."""
-    generator, settings, _ = trained_generator(options, device, folder)
-    z = make_noise(20, drawing_seed(options), DRAWING)
-    digits = draw(generator, walk(z[:10], z[10:]), settings.precision)
+    z = drawing_noise(20, options)
+    digits, _ = draw_from_run(walk(z[:10], z[10:]), options, device, folder)
     with folder.writing(INTERPOLATION) as file:
         grid(digits).save(file, "PNG")
 
@@ -1205,10 +1214,9 @@ def walk(a: Tensor, b: Tensor) -> Tensor:
 def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
     """Score 10,000 digits of a trained generator, or those in a file."""
     if options.evaluate is THE_RUN:
-        generator, settings, source = trained_generator(options, device, folder)
-        z = make_noise(10_000, drawing_seed(options), DRAWING)
-        digits = draw(generator, z, settings.precision)
-        split = settings.split
+        z = drawing_noise(10_000, options)
+        digits, source = draw_from_run(z, options, device, folder)
+        split = source["settings"]["split"]
     else:
         digits = read_digits(options.evaluate)
         split = given_settings(options).get("split", Settings.split)
@@ -1225,20 +1233,25 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
         nearest(digits, real).save(file, "PNG")
 
 
-def trained_generator(
-    options: Namespace, device: torch.device, folder: RunFolder
-) -> tuple[Generator, Settings, dict]:
-    """Return the generator that the command line asks for, its settings, and its origin."""
+def drawing_noise(count: int, options: Namespace) -> Tensor:
+    """Return the noise (count, latent_dim, 1, 1) from which a trained generator draws."""
+    return make_noise(count, given_settings(options).get("seed", Settings.seed), DRAWING)
+
+
+def draw_from_run(
+    z: Tensor, options: Namespace, device: torch.device, folder: RunFolder
+) -> tuple[Tensor, dict]:
+    """Draw digits (n, 28, 28) of uint8 with the run's generator; say where it comes from too."""
     path = folder.path / (BEST if options.best else CHECKPOINT)
     generator, checkpoint = read_generator(path, device)
     settings = checkpoint["settings"]
-    origin = {"of": str(path), "epoch": checkpoint["epoch"], **checkpoint["made_with"]}
-    return generator, settings, origin | {"settings": dataclasses.asdict(settings)}
-
-
-def drawing_seed(options: Namespace) -> int:
-    """Return the seed of the noise from which a trained generator draws."""
-    return given_settings(options).get("seed", Settings.seed)
+    origin = {
+        "of": str(path),
+        "epoch": checkpoint["epoch"],
+        **checkpoint["made_with"],
+        "settings": dataclasses.asdict(settings),
+    }
+    return draw(generator, z, settings.precision), origin
 
 
 def read_digits(path: Path) -> Tensor:
@@ -1419,18 +1432,16 @@ def parse_options(argv: list[str] | None) -> Namespace:
     add_drawing_flags(parser.add_argument_group("drawing: train nothing, use a trained generator"))
     options = parser.parse_args(argv)
     names = ("resume", "dry_run", "generate", "interpolate", "evaluate")
-    modes = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    modes = [flag(name) for name in names if getattr(options, name)]
     if len(modes) > 1:
         parser.error(f"{' and '.join(modes)} do not go together")
-    if options.generate or options.interpolate or options.evaluate:
-        used = {"seed", "split"} if isinstance(options.evaluate, Path) else {"seed"}
+    drawing = options.generate or options.interpolate or options.evaluate
+    from_file = isinstance(options.evaluate, Path)
+    if drawing:
+        used = {"seed", "split"} if from_file else {"seed"}
         for name in sorted(given_settings(options).keys() - used):
-            parser.error(
-                f"--{name.replace('_', '-')} shapes training and does not go with {modes[0]}"
-            )
-    if options.best and not (
-        options.generate or options.interpolate or options.evaluate is THE_RUN
-    ):
+            parser.error(f"{flag(name)} shapes training and does not go with {modes[0]}")
+    if options.best and (from_file or not drawing):
         parser.error("--best goes with --generate N, --interpolate or --evaluate without a file")
     return options
 
@@ -1505,15 +1516,14 @@ def muted(rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def output_folder(options: Namespace) -> Iterator[RunFolder]:
+def output_folder(options: Namespace) -> Iterator[Path]:
     """Give the folder to write to; that of a dry run is temporary if none is named."""
     if options.dry_run and options.output_dir is None:
-        with TemporaryDirectory(prefix="dcgan_mnist_") as path, closing(RunFolder(Path(path))) as f:
-            yield f
+        with TemporaryDirectory(prefix="dcgan_mnist_") as path:
+            yield Path(path)
         print("The dry run's temporary folder is removed")
     else:
-        with closing(RunFolder(options.output_dir or OUTPUT_DIR)) as folder:
-            yield folder
+        yield options.output_dir or OUTPUT_DIR
 
 
 def run_command(options: Namespace, processes: Processes) -> None:
@@ -1526,7 +1536,11 @@ def run_command(options: Namespace, processes: Processes) -> None:
         command = interpolate
     elif options.evaluate:
         command = evaluate
-    with output_folder(options) as folder, computing_on(device):
+    with (
+        output_folder(options) as path,
+        closing(RunFolder(path)) as folder,
+        computing_on(device),
+    ):
         if command is None:
             train(options, device, folder, processes)
         elif processes.rank == 0:
