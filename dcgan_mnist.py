@@ -23,13 +23,16 @@ README.md says which files are written, and when.
 import copy
 import dataclasses
 import functools
+import gzip
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
+import struct
 import sys
 import textwrap
 import threading
@@ -165,26 +168,77 @@ RECIPES = {  # defaults that differ from those above
 
 # ============================================= data =============================================
 def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Read or download a split: digits (n, 28, 28) of uint8, labels (n,). Raises Failure."""
+    """Read a split, downloaded if it is missing: digits (n, 28, 28) of uint8, labels (n,).
+
+    The files may be plain or gzipped; nothing is unpacked. Raises Failure.
+    """
+    prefix = {"train": "train", "test": "t10k"}[split]
+    names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+    folder = folder_of_digits(data_dir, prefix)
+    if folder is None:
+        folder = data_dir / "MNIST" / "raw"
+        download_digits(names, folder)
+    try:
+        digits, labels = (read_idx(folder / name) for name in names)
+        if digits.shape[1:] != (28, 28) or len(digits) != len(labels):
+            raise ValueError(f"found {tuple(digits.shape)} and {tuple(labels.shape)}")
+    except Exception as error:  # whatever the bytes of a damaged file can cause
+        both = " and ".join(names)
+        raise Failure(
+            f"{both} are missing or damaged ({error}); place sound ones in {folder}"
+        ) from error
+    return digits, labels.long()
+
+
+def folder_of_digits(data_dir: Path, prefix: str) -> Path | None:
+    """Return the folder with a split's files: MNIST/raw in the data folder, or else any there.
+
+    Return None if there is none. Raises WrongInput if there are several.
+    """
+    pattern = f"{prefix}-*-ubyte*"
+    usual = data_dir / "MNIST" / "raw"
+    if any(usual.glob(pattern)):
+        return usual
+    found = sorted({path.parent for path in data_dir.rglob(pattern)})
+    if len(found) > 1:
+        raise WrongInput(f"argument --data-dir: digits are in {found[0]} and {found[1]}; name one")
+    return found[0] if found else None
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read a file in MNIST's format, or the same file gzipped, as a tensor of uint8."""
+    if path.exists():
+        content = path.read_bytes()
+    else:
+        content = gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes())
+    zero, kind, dimensions = struct.unpack_from(">HBB", content)
+    if (zero, kind) != (0, 8):
+        raise ValueError(f"{path.name} does not begin as a file of uint8 does")
+    shape = struct.unpack_from(f">{dimensions}I", content, offset=4)
+    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
+    return values.reshape(shape)
+
+
+def download_digits(names: tuple[str, str], folder: Path) -> None:
+    """Download a split's two files, gzipped. Raises Failure and then leaves nothing behind."""
     from torchvision.datasets import MNIST  # here and not above, for it takes a while
 
-    prefix = {"train": "train", "test": "t10k"}[split]
-    raw = data_dir / "MNIST" / "raw"
+    with TemporaryDirectory() as temporary:
 
-    class OneSplit(MNIST):  # which wants the files of both splits, this one only those it reads
-        resources = [r for r in MNIST.resources if r[0].startswith(prefix)]  # noqa: RUF012
-        raw_folder = str(raw)
+        class OneSplit(MNIST):  # which wants the files of both splits, this one only those named
+            resources = [r for r in MNIST.resources if r[0].removesuffix(".gz") in names]  # noqa: RUF012
+            raw_folder = temporary
 
-    try:
-        data = OneSplit(str(data_dir), train=split == "train", download=True)
-        if data.data.shape[1:] != (28, 28) or len(data.data) != len(data.targets):
-            raise ValueError(f"found {tuple(data.data.shape)} and ({len(data.targets)},)")
-        return data.data, data.targets
-    except Exception as error:  # whatever the network or the bytes of a damaged file can cause
-        names = f"{prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte"
-        raise Failure(
-            f"{names} are missing or damaged ({error}); place sound ones in {raw}"
-        ) from error
+        try:
+            OneSplit(temporary, train=names[0].startswith("train"), download=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                shutil.move(Path(temporary, f"{name}.gz"), folder)
+        except Exception as error:  # whatever the network can cause
+            both = " and ".join(names)
+            raise Failure(
+                f"{both} are missing and cannot be downloaded ({error}); place them in {folder}"
+            ) from error
 
 
 def sha256_of(digits: Tensor) -> str:
@@ -570,11 +624,15 @@ def fastest_step(gan: DCGAN, processes: Processes) -> Step:
 # =========================================== pictures ===========================================
 def grid(digits: Tensor, caption: str = "") -> Image.Image:
     """Arrange digits (n, 28, 28) of uint8 ten a row, twice their size, under a caption if any."""
-    from torchvision.utils import make_grid  # here and not above, for it takes a while
-
-    rows = Image.fromarray(make_grid(digits[:, None], nrow=10)[0].numpy())
-    rows = ImageOps.scale(rows, 2, Image.Resampling.NEAREST)
-    picture = ImageOps.expand(rows, (0, 32 if caption else 0, 0, 0))  # above
+    columns = min(len(digits), 10)
+    rows = math.ceil(len(digits) / 10)
+    cells = digits.new_zeros(rows * columns, 30, 30)  # black lines of two pixels lie between digits
+    cells[: len(digits), 2:, 2:] = digits
+    joined = cells.view(rows, columns, 30, 30).transpose(1, 2).reshape(rows * 30, columns * 30)
+    picture = Image.fromarray(joined.numpy())
+    picture = ImageOps.expand(picture, (0, 0, 2, 2))  # and such lines close it off
+    picture = ImageOps.scale(picture, 2, Image.Resampling.NEAREST)
+    picture = ImageOps.expand(picture, (0, 32 if caption else 0, 0, 0))
     ImageDraw.Draw(picture).text((6, 16), caption, fill=255, font_size=20, anchor="lm")
     return picture
 
@@ -630,97 +688,204 @@ def nearest(digits: Tensor, real: Tensor) -> Image.Image:
 
 
 # ============================================ scores ============================================
-SCORES = ("fd", "digits", "evenness", "confident")
+SCORES = ("fd", "digits", "evenness", "confident")  # of an epoch; --evaluate adds three
 SCORE_LINE = (
-    "score: FD {fd:.1f} - digits {digits}/10 - evenness {evenness:.2f} - confident {confident:.2f}"
+    "score: FD {fd:.1f} (floor {floor:.1f}) - digits {digits}/10 - evenness {evenness:.2f}"
+    " - confident {confident:.2f}"
 )
-SCORER_EPOCHS = 10
+SCORER = BUNDLED / "scorer.pt"  # made by MNIST/make_scorer.py
+SCORER_SHA256 = "d6fc2b59b18e60fd371ebf2ca825406409d580257a808172c573227077a979de"  # another judge would give other figures
+SPLIT_OF_DIGITS = {  # by sha256_of all its digits
+    "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757": "train",
+    "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161": "test",
+}
+UNSEEN = {"train": "test", "test": "train"}  # what a run on a split is compared with
+NEIGHBOURS = 5  # of a real digit that bound its neighbourhood, as in Naeem et al.
 
 
-class Scorer:
-    """Tell how good generated digits are, by a small classifier that learns the bundled ones.
+class Classifier(nn.Module):
+    """Recognise digits: images (n, 1, 28, 28) in [-1, 1] -> features (n, 64) -> logits (n, 10).
 
-    ``accuracy`` is the share that it recognises of 1,000 digits it has not seen; ``floor`` is the
-    distance that real digits get, half of which it has seen.
+    Distances between features depend little on where in its image a digit lies.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        digits, labels = (part.to(device) for part in load_digits(BUNDLED, "test"))
-        stream = random_stream(seed=0, stream=0)
-        order = torch.randperm(len(digits), generator=stream)
-        held_out = order[:1000]
-        self.device = device
-        self.classifier = self.train(digits, labels, order[1000:], stream)
-        self.reference = self.judge(digits[order[SCORED:]])[0]
-        self.floor = frechet_distance(self.judge(digits[order[:SCORED]])[0], self.reference)
-        guesses = self.judge(digits[held_out])[1].argmax(dim=1)
-        self.accuracy = (guesses == labels[held_out].cpu()).float().mean().item()
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *self.convolution(1, 16),
+            nn.AvgPool2d(2),  # (n, 16, 14, 14)
+            *self.convolution(16, 32),
+            *self.convolution(32, 32),
+            nn.AvgPool2d(2),  # (n, 32, 7, 7)
+            *self.convolution(32, 64),
+            *self.convolution(64, 64),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),  # (n, 64)
+        )
+        self.head = nn.Linear(64, 10)
 
-    def train(
-        self, digits: Tensor, labels: Tensor, seen: Tensor, stream: torch.Generator
-    ) -> nn.Sequential:
-        """Return a classifier trained on the digits with the indices ``seen``."""
-        with seeded(0):
-            body = Discriminator(width=16).layers[:-1]  # (n, 64, 3, 3)
-            head = (nn.Flatten(), nn.Linear(576, 64), nn.ReLU(), nn.Linear(64, 10))
-            classifier = nn.Sequential(*body, *head).to(self.device)
-        optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
-        steps = SCORER_EPOCHS * len(seen) // 100
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, steps)
-        for _ in range(SCORER_EPOCHS):
-            for index in seen[torch.randperm(len(seen), generator=stream)].split(100):
-                shift = torch.randint(-2, 3, (2,), generator=stream).tolist()  # pixels
-                images = to_images(digits[index]).roll(shift, dims=(2, 3))
-                loss = nn.functional.cross_entropy(classifier(images), labels[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-        return classifier.eval()
+    @staticmethod
+    def convolution(channels: int, filters: int) -> tuple[nn.Module, ...]:
+        """Return the layers of a 3x3 convolution that keeps the size of its input."""
+        layer = nn.Conv2d(channels, filters, kernel_size=3, padding=1, bias=False)
+        return layer, nn.BatchNorm2d(filters), nn.ReLU(inplace=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
 
     @torch.no_grad()
     def judge(self, digits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (n, 64) and probabilities (n, 10) of digits (n, 28, 28) of uint8."""
-        images = (to_images(part.to(self.device)) for part in digits.split(500))
-        features = torch.cat([self.classifier[:-1](part) for part in images])
-        return features.cpu(), self.classifier[-1](features).softmax(dim=1).cpu()
+        """Return features (n, 64) and probabilities (n, 10) of digits (n, 28, 28) of uint8.
+
+        The features are ten times as large as those of the network, for distances of handy size.
+        """
+        device = self.head.weight.device
+        images = (to_images(part.to(device)) for part in digits.split(500))
+        features = torch.cat([self.features(part) for part in images])
+        probabilities = self.head(features).softmax(dim=1)
+        return 10 * features.cpu(), probabilities.cpu()
+
+
+def read_scorer() -> dict:
+    """Read the classifier and the figures of real digits. Raises Failure if they are not ours."""
+    try:
+        content = SCORER.read_bytes()
+    except OSError as error:
+        raise Failure(f"cannot read {SCORER} ({error.strerror})") from error
+    if hashlib.sha256(content).hexdigest() != SCORER_SHA256:
+        raise Failure(f"{SCORER} is not the scorer of this program, so figures could not compare")
+    return torch.load(io.BytesIO(content), weights_only=True)  # runs no code
+
+
+def load_classifier(content: dict, device: torch.device) -> Classifier:
+    """Return the classifier in what read_scorer returns, ready to judge."""
+    with torch.random.fork_rng(devices=[]):  # new weights draw from the caller's random numbers
+        classifier = Classifier()
+    classifier.load_state_dict(content["classifier"])
+    return classifier.to(device).eval().requires_grad_(False)
+
+
+class Scorer:
+    """Tell how good the digits of a model are that was trained on a split of MNIST.
+
+    They are compared with the other split, which the model has not seen. ``floors`` has, by the
+    number of digits, what as many real ones of the split that it has seen get.
+    """
+
+    def __init__(self, content: dict, seen: str, device: torch.device) -> None:
+        self.classifier = load_classifier(content, device)
+        self.seen = seen
+        self.unseen = UNSEEN[seen]
+        self.reference = content["moments"][self.unseen]
+        self.floors = content["floors"][seen]
 
     def __call__(self, digits: Tensor) -> dict[str, float]:
         """Return the SCORES of digits (n, 28, 28) of uint8 by their names."""
-        features, probabilities = self.judge(digits)
-        shares = probabilities.argmax(dim=1).bincount(minlength=10) / len(digits)
+        return self.scores(*self.classifier.judge(digits))
+
+    def scores(self, features: Tensor, probabilities: Tensor) -> dict[str, float]:
+        """Return the SCORES of what the classifier makes of digits."""
+        shares = probabilities.argmax(dim=1).bincount(minlength=10) / len(probabilities)
         return {
-            "fd": frechet_distance(features, self.reference),
+            "fd": frechet_distance(moments(features), self.reference),
             "digits": (shares >= 0.02).sum().item(),
             "evenness": torch.special.entr(shares).sum().item() / math.log(10),
             "confident": (probabilities.amax(dim=1) > 0.9).float().mean().item(),
         }
 
+    def evaluate(self, digits: Tensor) -> dict[str, float]:
+        """Return the SCORES of digits, and density, coverage and copies.
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Return the squared Frechet distance of the Gaussians that fit features (n, d) and (m, d).
+        These three compare with 10,000 bundled digits of each split. Raises Failure without them.
+        """
+        features, probabilities = self.classifier.judge(digits)
+        seen, unseen = (
+            self.classifier.judge(sample(load_digits(BUNDLED, split)[0], 10_000))[0]
+            for split in (self.seen, self.unseen)
+        )
+        density, coverage = density_and_coverage(features, unseen)
+        copies = share_of_copies(features, seen, unseen)
+        scores = self.scores(features, probabilities)
+        return {**scores, "density": density, "coverage": coverage, "copies": copies}
+
+
+def sample(digits: Tensor, count: int) -> Tensor:
+    """Return ``count`` of the digits (n, ...), drawn at random, and the same ones every time."""
+    return digits[order_of_epoch(digits, seed=0, epoch=1)[:count]]
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean (d,) and covariance (d, d) of features (n, d), in double precision."""
+    features = features.double()
+    return features.mean(dim=0), features.T.cov()
+
+
+def frechet_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
+    """Return the squared Frechet distance of the Gaussians with these moments.
 
     |mean A - mean B|^2 + tr(A) + tr(B) - 2 tr((A B)^(1/2)) of the covariances A and B (Dowson and
     Landau 1982). The eigenvalues of A B are real; their roots add up to the last trace.
     """
-    a = a.double()
-    b = b.double()
-    cov_a = a.T.cov()
-    cov_b = b.T.cov()
+    mean_a, cov_a = a
+    mean_b, cov_b = b
     roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
     traces = cov_a.trace() + cov_b.trace() - 2 * roots.sum()
-    return ((a.mean(dim=0) - b.mean(dim=0)).square().sum() + traces).item()
+    distance = (mean_a - mean_b).square().sum() + traces
+    return max(distance.item(), 0.0)  # rounding can make it less
 
 
-def signs_of_collapse(ds_loss: Tensor, score: dict[str, float], best_fd: float) -> list[str]:
-    """List the signs of a collapse in an epoch's losses (steps,) and score."""
+def density_and_coverage(drawn: Tensor, real: Tensor) -> tuple[float, float]:
+    """Return how good drawn digits are, and how much of the variety of real ones they have.
+
+    ``drawn`` (n, d) and ``real`` (m, d) are features. A real digit's neighbourhood reaches to its
+    fifth neighbour among the real ones. Density is the mean number of neighbourhoods that a drawn
+    digit lies in, divided by five: about 1 for real digits, more for digits that are all alike.
+    Coverage is the share of neighbourhoods with a drawn digit in them. After Naeem et al. (2020),
+    arXiv:2002.09797.
+    """
+    radii = []
+    for part in real.split(500):  # a few at a time, for little memory
+        distances = torch.cdist(part, real)
+        radii.append(distances.kthvalue(NEIGHBOURS + 1).values)  # the nearest is the digit itself
+    radii = torch.cat(radii)
+    drawn_inside = torch.zeros(len(real))
+    for part in drawn.split(500):
+        drawn_inside += (torch.cdist(part, real) < radii).sum(dim=0)
+    density = drawn_inside.sum() / (NEIGHBOURS * len(drawn))
+    coverage = (drawn_inside > 0).float().mean()
+    return density.item(), coverage.item()
+
+
+def share_of_copies(drawn: Tensor, seen: Tensor, unseen: Tensor) -> float:
+    """Return the share of drawn digits to which one that training saw is nearer than all others.
+
+    All are features, (n, d) and twice (m, d). It is 0.5 if nothing is copied, and 1 for copies.
+    """
+    copies = 0
+    for part in drawn.split(500):
+        nearest_seen = torch.cdist(part, seen).amin(dim=1)
+        nearest_unseen = torch.cdist(part, unseen).amin(dim=1)
+        copies += (nearest_seen < nearest_unseen).sum().item()
+    return copies / len(drawn)
+
+
+def signs_of_collapse(epoch: dict[str, Tensor], before: dict[str, Tensor]) -> list[str]:
+    """List the signs of a collapse in the figures of an epoch's steps, each (steps,) by its name.
+
+    ``before`` has the figures of all earlier steps. A run that has never drawn most of the digits
+    has not begun to draw and cannot collapse yet.
+    """
     signs = []
-    if score["digits"] < 8:
-        signs.append(f"only {score['digits']} of the ten digits appear")
-    if score["fd"] > 2 * best_fd:
-        signs.append("FD is more than twice its best")
-    if ds_loss.max() < 0.05:
+    if epoch["ds_loss"].max() < 0.05:
         signs.append("ds_loss stayed under 0.05")
+    began = before["digits"] >= 8
+    if began.any():
+        digits = int(epoch["digits"][0])
+        best_fd = before["fd"][began].min()
+        if digits < 8:
+            signs.append(f"only {digits} of the ten digits still appear")
+        if epoch["fd"][0] > 2 * best_fd:
+            signs.append("FD is more than twice its best")
     return signs
 
 
@@ -1031,7 +1196,7 @@ class Run:
         score = dict.fromkeys(SCORES, math.nan)
         if scorer is not None:
             score = scorer(self.draw(SCORED, DRAWING))
-            print(SCORE_LINE.format(**score))
+            print(SCORE_LINE.format(floor=scorer.floors[SCORED]["fd"], **score))
         count = len(stats)
         figures = {
             "epoch": torch.full((count,), self.gan.epoch),
@@ -1039,13 +1204,13 @@ class Run:
             **dict(zip(STATS, stats.cpu().T, strict=True)),
             **{name: torch.full((count,), value) for name, value in score.items()},
         }
+        signs = signs_of_collapse(figures, self.history)
+        if signs and not self.gan.settings.dry_run:
+            print(f"warning: {' and '.join(signs)}; README.md says what to do")
         self.history = {name: torch.cat([self.history[name], figures[name]]) for name in figures}
         if score["fd"] < self.best_fd:
             self.best_fd = score["fd"]
             self.best_epoch = self.gan.epoch
-        signs = signs_of_collapse(figures["ds_loss"], score, self.best_fd)
-        if signs and not self.gan.settings.dry_run:
-            print(f"warning: {' and '.join(signs)}; README.md says what to do")
 
 
 def train(
@@ -1076,7 +1241,7 @@ def train(
             done = f"{folder.path} already holds epoch {run.gan.epoch}"
             print(f"{done}; to go on, give a larger --epochs")
             return
-        scorer = None if options.no_score else make_scorer(device)
+        scorer = make_scorer(run.digits_sha256, device)
         if checkpoint is None:  # last, for it moves an earlier run away
             folder.begin(settings.dry_run)
         announce(settings, device, len(digits))
@@ -1133,11 +1298,18 @@ def check_batches(batch_size: int, count: int, processes: int) -> None:
         raise WrongInput(f"argument --batch-size: {processes} processes cannot share every batch")
 
 
-def make_scorer(device: torch.device) -> Scorer:
-    """Return a scorer, and print how good it is."""
-    scorer = Scorer(device)
-    right = f"{scorer.accuracy:.1%} of 1,000 held-out digits right"
-    print(f"scorer: {right} - floor: FD {scorer.floor:.1f}")
+def make_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
+    """Return the scorer of a run on these digits, or None, and print which."""
+    seen = SPLIT_OF_DIGITS.get(digits_sha256)
+    if seen is None:
+        print("This run goes without scores: its digits are not those of MNIST")
+        return None
+    try:
+        scorer = Scorer(read_scorer(), seen, device)
+    except Failure as failure:
+        print(f"This run goes without scores: {failure}")
+        return None
+    print(f"Scores compare with MNIST's {scorer.unseen} split, which this run does not see")
     return scorer
 
 
@@ -1184,19 +1356,46 @@ def score_save_draw(
 
 
 def generate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
-    """Draw digits with a trained generator."""
-    z = drawing_noise(options.generate, options)
-    digits, _ = draw_from_run(z, options, device, folder)
+    """Draw digits with a trained generator, of all kinds or of one."""
+    generator, checkpoint = read_generator(generator_file(options, folder), device)
+    precision = checkpoint["settings"].precision
+    if options.digit is None:
+        digits = draw(generator, drawing_noise(options.generate, options), precision)
+    else:
+        digits = draw_one_kind(generator, precision, options)
     with folder.writing(GENERATED_DIGITS) as file:
         np.save(file, digits.numpy())
     with folder.writing(GENERATED) as file:
         grid(digits[:100]).save(file, "PNG")
 
 
+def draw_one_kind(generator: Generator, precision: str, options: Namespace) -> Tensor:
+    """Draw digits (n, 28, 28) of uint8 until there are enough that are taken for one kind.
+
+    Raises Failure if less than one drawing in 200 is one of these, among the first 2,000.
+    """
+    classifier = load_classifier(read_scorer(), next(generator.parameters()).device)
+    noise = random_stream(drawing_seed(options), DRAWING)
+    found = torch.empty(0, 28, 28, dtype=torch.uint8)
+    with tqdm(total=options.generate, unit="digit", leave=False, disable=None) as progress:
+        while len(found) < options.generate:
+            z = torch.randn(2000, LATENT_DIM, 1, 1, generator=noise)
+            drawn = draw(generator, z, precision)
+            probabilities = classifier.judge(drawn)[1]
+            kept = drawn[probabilities[:, options.digit] >= 0.9]
+            if len(kept) < 10 and len(found) == 0:
+                few = f"only {len(kept)} of 2,000 drawings are a clear {options.digit}"
+                raise Failure(f"{few}; train for longer, or ask for another --digit")
+            found = torch.cat([found, kept])
+            progress.update(len(kept))
+    return found[: options.generate]
+
+
 def interpolate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
     """Draw ten walks from one digit to another, one a row."""
+    generator, checkpoint = read_generator(generator_file(options, folder), device)
     z = drawing_noise(20, options)
-    digits, _ = draw_from_run(walk(z[:10], z[10:]), options, device, folder)
+    digits = draw(generator, walk(z[:10], z[10:]), checkpoint["settings"].precision)
     with folder.writing(INTERPOLATION) as file:
         grid(digits).save(file, "PNG")
 
@@ -1213,45 +1412,69 @@ def walk(a: Tensor, b: Tensor) -> Tensor:
 
 def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
     """Score 10,000 digits of a trained generator, or those in a file."""
+    content = read_scorer()
     if options.evaluate is THE_RUN:
+        generator, checkpoint = read_generator(generator_file(options, folder), device)
+        seen = SPLIT_OF_DIGITS.get(checkpoint["digits_sha256"])
+        if seen is None:
+            others = f"the run in {folder.path} was trained on other digits than those of MNIST"
+            raise WrongInput(f"argument --evaluate: {others}, for which there is no score")
         z = drawing_noise(10_000, options)
-        digits, source = draw_from_run(z, options, device, folder)
-        split = source["settings"]["split"]
+        digits = draw(generator, z, checkpoint["settings"].precision)
+        source = {
+            "of": str(generator_file(options, folder)),
+            "epoch": checkpoint["epoch"],
+            **checkpoint["made_with"],
+            "settings": dataclasses.asdict(checkpoint["settings"]),
+        }
     else:
         digits = read_digits(options.evaluate)
-        split = given_settings(options).get("split", Settings.split)
+        seen = given_settings(options).get("split", Settings.split)
         source = {"of": str(options.evaluate)}
-    real = load_digits(options.data_dir, split)[0]
     folder.make()
-    scorer = make_scorer(device)
-    score = scorer(digits)
-    print(SCORE_LINE.format(**score))
-    report = {**score, "floor": scorer.floor, "count": len(digits), **source}
+    scorer = Scorer(content, seen, device)
+    scores = scorer.evaluate(digits)
+    floor = scorer.floors.get(len(digits), {})
+    model = f"{len(digits):,} digits of a model that has seen MNIST's {seen} split"
+    print(f"{model}, compared with its {scorer.unseen} split")
+    print(score_table(scores, floor))
+    report = {
+        **scores,
+        "floor": floor,
+        "count": len(digits),
+        "seen": seen,
+        "compared_with": scorer.unseen,
+        "scorer_sha256": SCORER_SHA256,
+        **source,
+    }
     with folder.writing(SCORE) as file:
         file.write(json.dumps(report, indent=1).encode())
     with folder.writing(NEAREST) as file:
-        nearest(digits, real).save(file, "PNG")
+        nearest(digits, load_digits(BUNDLED, seen)[0]).save(file, "PNG")
+
+
+def score_table(scores: dict[str, float], floor: dict[str, float]) -> str:
+    """Lay out scores by their names, beside them the floor, if any: those of real digits."""
+    lines = [f"{'':<10}{'score':>8}{'real digits' if floor else '':>14}"]
+    for name, score in scores.items():
+        real = f"{floor[name]:.4g}" if floor else ""
+        lines.append(f"{name:<10}{score:>8.4g}{real:>14}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def drawing_seed(options: Namespace) -> int:
+    """Return the seed of the noise from which a trained generator draws."""
+    return given_settings(options).get("seed", Settings.seed)
 
 
 def drawing_noise(count: int, options: Namespace) -> Tensor:
     """Return the noise (count, latent_dim, 1, 1) from which a trained generator draws."""
-    return make_noise(count, given_settings(options).get("seed", Settings.seed), DRAWING)
+    return make_noise(count, drawing_seed(options), DRAWING)
 
 
-def draw_from_run(
-    z: Tensor, options: Namespace, device: torch.device, folder: RunFolder
-) -> tuple[Tensor, dict]:
-    """Draw digits (n, 28, 28) of uint8 with the run's generator; say where it comes from too."""
-    path = folder.path / (BEST if options.best else CHECKPOINT)
-    generator, checkpoint = read_generator(path, device)
-    settings = checkpoint["settings"]
-    origin = {
-        "of": str(path),
-        "epoch": checkpoint["epoch"],
-        **checkpoint["made_with"],
-        "settings": dataclasses.asdict(settings),
-    }
-    return draw(generator, z, settings.precision), origin
+def generator_file(options: Namespace, folder: RunFolder) -> Path:
+    """Return the file with the generator of a run's last or best epoch."""
+    return folder.path / (BEST if options.best else CHECKPOINT)
 
 
 def read_digits(path: Path) -> Tensor:
@@ -1332,7 +1555,7 @@ def add_training_flags(group: _ArgumentGroup) -> None:
     group.add_argument(
         "--split",
         choices=["test", "train"],
-        help="the 10,000 bundled digits, or 60,000 that are downloaded once "
+        help="MNIST's 10,000 test digits or its 60,000 training digits "
         f"(default: {Settings.split})",
     )
 
@@ -1372,11 +1595,6 @@ def add_run_flags(group: _ArgumentGroup) -> None:
         action="store_true",
         help="two epochs of three steps, to check an installation (default: off)",
     )
-    group.add_argument(
-        "--no-score",
-        action="store_true",
-        help="train without scores (default: score every epoch)",
-    )
 
 
 def add_hardware_flags(group: _ArgumentGroup) -> None:
@@ -1402,6 +1620,12 @@ def add_drawing_flags(group: _ArgumentGroup) -> None:
         type=number_between(int, 1, 100_000),
         metavar="N",
         help="draw N digits (default: off)",
+    )
+    group.add_argument(
+        "--digit",
+        type=number_between(int, 0, 9),
+        metavar="D",
+        help="with --generate N: only digits D, of which the scorer is 90% sure (default: all ten)",
     )
     group.add_argument(
         "--interpolate",
@@ -1441,6 +1665,8 @@ def parse_options(argv: list[str] | None) -> Namespace:
         used = {"seed", "split"} if from_file else {"seed"}
         for name in sorted(given_settings(options).keys() - used):
             parser.error(f"{flag(name)} shapes training and does not go with {modes[0]}")
+    if options.digit is not None and not options.generate:
+        parser.error("--digit goes with --generate N")
     if options.best and (from_file or not drawing):
         parser.error("--best goes with --generate N, --interpolate or --evaluate without a file")
     return options

@@ -45,13 +45,13 @@ def run(
 ) -> Callable[..., Outcome]:
     """Run the program in an empty folder, with small networks and 60 digits unless given others.
 
-    Unless asked for they leave out the scores, which take longer than all else.
+    These are not MNIST's, so that a run goes without scores unless a fixture fakes them.
     """
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
-    def run(*argv: object, scored: bool = False) -> Outcome:
-        options = [str(option) for option in argv] + ["--no-score"] * (not scored)
+    def run(*argv: object) -> Outcome:
+        options = [str(option) for option in argv]
         if "--data-dir" not in options:
             options += ["--data-dir", str(data_dir)]
         if "--device" not in options:
@@ -65,22 +65,27 @@ def run(
 
 
 @pytest.fixture
-def fake_scores(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def fake_scores(
+    mean_scorer: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[float], list[int]], None]:
     """Return a function that has the next epochs scored with given distances and digits."""
 
     def fake(distances: list[float], digits: list[int]) -> None:
         scores: Iterator[tuple[float, int]] = iter(zip(distances, digits, strict=True))
 
-        def score(_: torch.Tensor) -> dict[str, float]:
+        def score(*_: object) -> dict[str, float]:
             fd, count = next(scores)
             return {"fd": fd, "digits": count, "evenness": 0.9, "confident": 0.5}
 
-        monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: score)
+        monkeypatch.setattr(MeanScorer, "__call__", score)
 
     return fake
 
 
 @pytest.fixture
-def mean_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program score with a MeanScorer."""
-    monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: MeanScorer())
+def mean_scorer(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program take the data_dir fixture's digits for MNIST's, and use a MeanScorer."""
+    digits = dcgan_mnist.load_digits(data_dir, "test")[0]
+    known = {dcgan_mnist.sha256_of(digits): "test"}
+    monkeypatch.setattr(dcgan_mnist, "SPLIT_OF_DIGITS", known)
+    monkeypatch.setattr(dcgan_mnist, "Scorer", MeanScorer)

@@ -89,6 +89,9 @@ def test_both_ends_of_a_range_are_in_it(name: str):
         (["--generate", "3", "--lr", "0.1"], ["--lr", "--generate"]),
         (["--interpolate", "--recipe", "tuned"], ["--recipe", "--interpolate"]),
         (["--evaluate", "--split", "train"], ["--split", "--evaluate"]),
+        (["--digit", "7"], ["--digit", "--generate N"]),
+        (["--evaluate", "--digit", "7"], ["--digit", "--generate N"]),
+        (["--generate", "3", "--digit", "10"], ["--digit", "from 0 to 9"]),
         (["line\nbreak"], ["line break"]),
     ],
 )
@@ -427,7 +430,7 @@ def test_a_console_that_lacks_characters_shows_escapes_instead(
 def test_a_process_whose_console_lacks_characters_ends_well(tmp_path: Path, data_dir: Path):
     encoding = "cp932"
     command = [sys.executable, ROOT / "tests" / "small_program.py", "--data-dir", data_dir]
-    command += ["--epochs", "1", "--no-score", "--device", "cpu", "--output-dir", FOLDER]
+    command += ["--epochs", "1", "--device", "cpu", "--output-dir", FOLDER]
     changes = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | changes, capture_output=True, check=False

@@ -23,6 +23,7 @@ import pytest
 import small_program
 import torch
 from helpers import (
+    DEPTH,
     REAL_CURVES,
     ROOT,
     RUN_FILES,
@@ -48,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four epochs like those of the fixture ``run``, which nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     write_split(folder / "data", 60)
-    argv = [*THREE_STEPS, "--epochs", 4, "--device", "cpu", "--no-score"]
+    argv = [*THREE_STEPS, "--epochs", 4, "--device", "cpu"]
     argv += ["--data-dir", folder / "data", "--output-dir", folder / "result"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dcgan_mnist, "WIDTH", 4)
@@ -77,9 +78,9 @@ def test_a_resumed_run_draws_the_same_curves(run, monkeypatch):
 
 @pytest.mark.usefixtures("mean_scorer")
 def test_a_resumed_run_with_scores_ends_bit_identical(run):
-    run(*THREE_STEPS, "--epochs", 3, "--output-dir", "whole", scored=True)
-    run(*THREE_STEPS, "--epochs", 1, scored=True)
-    assert run("--resume", "--epochs", 3, scored=True).code == 0
+    run(*THREE_STEPS, "--epochs", 3, "--output-dir", "whole")
+    run(*THREE_STEPS, "--epochs", 1)
+    assert run("--resume", "--epochs", 3).code == 0
     assert_same_run("result", "whole")
     assert set(contents("whole")) == RUN_FILES | {"generated_epoch_003.png", "generator_best.pt"}
 
@@ -288,7 +289,7 @@ def raise_sigint(*_: object) -> None:
 @pytest.mark.parametrize("name", ["load_digits", "make_scorer", "announce"])
 def test_ctrl_c_before_training_ends_with_one_line(run, monkeypatch, name: str):
     monkeypatch.setattr(dcgan_mnist, name, raise_sigint)
-    outcome = run(scored=True)
+    outcome = run()
     assert outcome.is_one_line(130, "stopped: ", "run the same command")
     assert "--resume" not in outcome.err
 
@@ -342,7 +343,7 @@ def run_into_pipes(argv: list[str], out: Connection, err: Connection) -> None:
 def test_a_signal_ends_the_process_with_a_way_to_go_on(
     run, forks: BaseContext, data_dir: Path, signum: int
 ):
-    argv = ["--epochs", "100000", "--batch-size", "1", "--log-every", "1", "--no-score"]
+    argv = ["--epochs", "100000", "--batch-size", "1", "--log-every", "1"]
     argv += ["--device", "cpu", "--data-dir", str(data_dir), "--output-dir", str(Path.cwd() / "x")]
     out, child_out = forks.Pipe(duplex=False)
     err, child_err = forks.Pipe(duplex=False)
@@ -390,7 +391,7 @@ def stop_twice(folder: Path, argv: list[str], first: int, second: int) -> None:
 def test_a_second_signal_ends_the_process_at_once(
     forks: BaseContext, data_dir: Path, tmp_path: Path, first: int, second: int
 ):
-    argv = ["--no-score", "--device", "cpu", "--data-dir", str(data_dir)]
+    argv = ["--device", "cpu", "--data-dir", str(data_dir)]
     process = forks.Process(target=stop_twice, args=(tmp_path, argv, first, second))
     process.start()
     process.join()
@@ -418,7 +419,7 @@ def run_and_die(folder: Path, argv: list[str], line: int) -> None:
         return trace
 
     dcgan_mnist.curves = grey_curves
-    dcgan_mnist.make_scorer = lambda _: MeanScorer()
+    dcgan_mnist.make_scorer = lambda *_: MeanScorer({}, "test", torch.device("cpu"))
     dcgan_mnist.SCORED = 100
     sys.settrace(trace)
     try:
@@ -570,7 +571,7 @@ def test_generate_one_gives_a_picture_of_one_digit(run):
     run(*THREE_STEPS, "--epochs", 1)
     run("--generate", 1)
     assert drawn().shape == (1, 28, 28)
-    assert size_of("result/generated.png") == (56, 56)
+    assert size_of("result/generated.png") == (64, 64)
 
 
 def test_generate_follows_the_seed(run):
@@ -583,6 +584,7 @@ def test_generate_follows_the_seed(run):
     assert (digits[0] != digits[2]).any()
 
 
+@pytest.mark.usefixtures("mean_scorer")
 def test_generate_draws_what_was_scored_last(run, monkeypatch):
     scored = []
 
@@ -591,8 +593,8 @@ def test_generate_draws_what_was_scored_last(run, monkeypatch):
             scored.append(digits)
             return super().__call__(digits)
 
-    monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: Spy())
-    run(*THREE_STEPS, "--epochs", 3, "--lr", 0.01, scored=True)
+    monkeypatch.setattr(dcgan_mnist, "Scorer", Spy)
+    run(*THREE_STEPS, "--epochs", 3, "--lr", 0.01)
     run("--generate", 20)
     assert (drawn() == scored[-1][:20].numpy()).all()
     assert (drawn() != scored[0][:20].numpy()).any()
@@ -624,6 +626,53 @@ def test_generating_many_digits_takes_bounded_memory(run, monkeypatch):
     assert run("--generate", 10_000).code == 0
     assert max(sizes) <= 500
     assert drawn().shape == (10_000, 28, 28)
+
+
+def judge_as(monkeypatch: pytest.MonkeyPatch, kind: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let the classifier be 0.9 sure that a drawing is the digit ``kind(drawings)``, (n,)."""
+
+    def judge(_: object, digits: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, torch.nn.functional.one_hot(kind(digits), 10).double() * 0.9
+
+    monkeypatch.setattr(dcgan_mnist.Classifier, "judge", judge)
+
+
+def sum_of_pixels(digits: torch.Tensor) -> torch.Tensor:
+    """Return a number from 0 to 9 for each drawing (n, 28, 28)."""
+    return digits.flatten(1).long().sum(dim=1) % 10
+
+
+@pytest.mark.parametrize("digit", [0, 7])
+def test_generate_draws_only_the_digit_asked_for(run, monkeypatch, digit: int):
+    run(*THREE_STEPS, "--epochs", 1, "--lr", 0.02)
+    judge_as(monkeypatch, sum_of_pixels)
+    before = contents("result")
+    outcome = run("--generate", 450, "--digit", digit)
+    assert (outcome.code, outcome.err) == (0, "")
+    chosen = drawn()
+    assert chosen.shape == (450, 28, 28)
+    assert chosen.dtype == np.uint8
+    assert (sum_of_pixels(torch.from_numpy(chosen)) == digit).all()
+    assert len(np.unique(chosen, axis=0)) > 400
+    assert set(contents("result")) - set(before) == {"generated.npy", "generated.png"}
+    run("--generate", 450, "--digit", digit)
+    assert (drawn() == chosen).all()
+    run("--generate", 450, "--digit", digit, "--seed", 1)
+    assert (drawn() != chosen).any()
+
+
+@pytest.mark.parametrize(("in_200", "code"), [(200, 0), (201, 1)])
+def test_a_digit_that_is_too_rare_is_one_clear_line_and_nothing_is_written(
+    run, monkeypatch, in_200: int, code: int
+):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents("result")
+    judge_as(monkeypatch, lambda digits: 3 * (torch.arange(1, len(digits) + 1) % in_200 == 0))
+    outcome = run("--generate", 5, "--digit", 3)
+    assert outcome.code == code
+    if code == 1:
+        assert outcome.is_one_line(1, "error: only 9 of 2,000 drawings are a clear 3")
+        assert contents("result") == before
 
 
 def test_interpolate_draws_ten_walks_without_training(run):
@@ -686,20 +735,23 @@ def test_evaluate_scores_the_run_with_10_000_digits(run):
     of_run = score()
     assert of_run["count"] == 10_000
     assert of_run["of"] == str(Path("result/checkpoint.pt"))
-    assert of_run["floor"] == 1.0
-    assert f"score: FD {of_run['fd']:.1f}" in outcome.out
+    assert of_run["seen"] == "test"
+    assert of_run["compared_with"] == "train"
+    assert of_run["scorer_sha256"] == dcgan_mnist.SCORER_SHA256
+    assert of_run["floor"]["copies"] == 1.0
+    assert f"fd{of_run['fd']:>16.4g}{1:>14}" in outcome.out
 
     run("--generate", 10_000)
     run("--evaluate", "result/generated.npy")
     of_file = score()
     assert of_file["of"] == str(Path("result/generated.npy"))
-    for name in (*dcgan_mnist.SCORES, "floor", "count"):
+    for name in (*dcgan_mnist.SCORES, *DEPTH, "floor", "count", "seen"):
         assert of_file[name] == of_run[name]
 
 
 @pytest.mark.usefixtures("mean_scorer")
 def test_a_score_tells_of_which_run_it_is(run):
-    run(*THREE_STEPS, "--epochs", 2, "--seed", 3, "--recipe", "tuned", scored=True)
+    run(*THREE_STEPS, "--epochs", 2, "--seed", 3, "--recipe", "tuned")
     for best in ([], ["--best"]):
         assert run("--evaluate", *best).code == 0
         of_run = score()
@@ -710,26 +762,52 @@ def test_a_score_tells_of_which_run_it_is(run):
         assert of_run["torch"] == torch.__version__
 
 
-def test_evaluate_scores_digits_from_anywhere(run, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(dcgan_mnist, "SCORER_EPOCHS", 1)
-    digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0][:2000]
+@pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.parametrize("best", [[], ["--best"]])
+def test_a_run_on_other_digits_is_not_scored(run, data_dir: Path, best: list[str]):
+    run(*THREE_STEPS, "--epochs", 1)  # these count as MNIST's here
+    write_split(data_dir, 50)
+    run("--batch-size", 25, "--epochs", 1)
+    if best:
+        Path("result/checkpoint.pt").rename("result/generator_best.pt")
+    before = contents("result")
+    outcome = run("--evaluate", *best)
+    assert outcome.is_one_line(2, "error: argument --evaluate: ", "other digits", "result")
+    assert contents("result") == before
+
+
+def test_evaluate_scores_real_digits_as_well_as_their_floor(run, tmp_path: Path):
+    digits = dcgan_mnist.sample(dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0], 2000)
     np.save(tmp_path / "real.npy", digits.numpy())
     outcome = run("--evaluate", tmp_path / "real.npy", "--output-dir", "new/folder")
     assert (outcome.code, outcome.err) == (0, "")
     of_file = json.loads(Path("new/folder/score.json").read_text())
-    assert of_file["digits"] == 10
-    assert of_file["fd"] < 5 * of_file["floor"]
     assert of_file["count"] == 2000
+    for name, floor in of_file["floor"].items():
+        assert of_file[name] == pytest.approx(floor, rel=0.02)
+    rows = {line.split()[0]: line.split()[1:] for line in outcome.out.splitlines()[2:-1]}
+    assert list(rows) == [*dcgan_mnist.SCORES, *DEPTH]
+    assert rows["digits"] == ["10", "10"]
     assert set(contents("new/folder")) == {"score.json", "nearest.png"}
 
 
 @pytest.mark.usefixtures("mean_scorer")
+def test_another_number_of_digits_has_no_floor_beside_it(run):
+    digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0][:777]
+    np.save("digits.npy", digits.numpy())
+    outcome = run("--evaluate", "digits.npy", "--split", "train")
+    assert score()["floor"] == {}
+    assert score()["seen"] == "train"
+    assert "777 digits of a model that has seen MNIST's train split" in outcome.out
+    assert "real digits" not in outcome.out
+
+
+@pytest.mark.usefixtures("mean_scorer")
 @pytest.mark.parametrize("split", ["test", "train"])
-def test_nearest_shows_digits_above_the_real_ones_nearest_to_them(run, data_dir: Path, split: str):
-    write_split(data_dir, 30)
-    real = write_split(data_dir, 50, {"test": "t10k", "train": "train"}[split])
+def test_nearest_shows_digits_above_the_real_ones_nearest_to_them(run, split: str):
+    real = dcgan_mnist.load_digits(ROOT / "MNIST", split)[0]
     digits = real[20:40].clone()
-    digits[:, :3] //= 2
+    digits[:, :3] = 9
     np.save("digits.npy", digits.numpy())
     assert run("--evaluate", "digits.npy", "--split", split).code == 0
     rows = digits_in("result/nearest.png", rows=4).view(4, 10, 28, 28)
@@ -772,7 +850,7 @@ def test_files_that_hold_no_digits_are_refused(run, kind: str):
 def test_the_generator_of_the_best_epoch_is_kept_named_and_draws(run, fake_scores):
     run(*THREE_STEPS, "--epochs", 2, "--output-dir", "two")
     fake_scores([30.0, 20.0, 25.0], [10] * 3)
-    out = run(*THREE_STEPS, "--epochs", 3, scored=True).out
+    out = run(*THREE_STEPS, "--epochs", 3).out
     assert "The best epoch was 2: generator_best.pt" in out.splitlines()[-1]
     for command in (["--generate", 5], ["--interpolate"]):
         assert run(*command, "--output-dir", "two").code == 0
@@ -788,21 +866,24 @@ def test_the_generator_of_the_best_epoch_is_kept_named_and_draws(run, fake_score
 
 def test_the_best_epoch_is_remembered_by_a_resumed_run(run, fake_scores):
     fake_scores([20.0, 30.0], [10] * 2)
-    run(*THREE_STEPS, "--epochs", 2, scored=True)
+    run(*THREE_STEPS, "--epochs", 2)
     best = contents("result")["generator_best.pt"]
     fake_scores([25.0], [10])
-    out = run("--resume", "--epochs", 3, scored=True).out
+    out = run("--resume", "--epochs", 3).out
     assert "The best epoch was 1" in out
     assert contents("result")["generator_best.pt"] == best
     fake_scores([15.0], [10])
-    out = run("--resume", "--epochs", 4, scored=True).out
+    out = run("--resume", "--epochs", 4).out
     assert "The best epoch was 4" in out
     assert torch.load("result/generator_best.pt", weights_only=True)["epoch"] == 4
 
 
-def test_a_new_run_does_not_draw_with_the_best_generator_of_an_earlier_one(run, fake_scores):
+def test_a_new_run_does_not_draw_with_the_best_generator_of_an_earlier_one(
+    run, fake_scores, monkeypatch
+):
     fake_scores([20.0], [10])
-    run(*THREE_STEPS, "--epochs", 1, scored=True)
+    run(*THREE_STEPS, "--epochs", 1)
+    monkeypatch.setattr(dcgan_mnist, "SPLIT_OF_DIGITS", {})  # the next one goes without scores
     run(*THREE_STEPS, "--epochs", 1)
     outcome = run("--generate", 3, "--best")
     assert outcome.is_one_line(1, f"error: there is no {Path('result/generator_best.pt')}")

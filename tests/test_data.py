@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from dcgan_mnist import load_digits, random_stream, to_images
 
 IMAGES = "t10k-images-idx3-ubyte"
 LABELS = "t10k-labels-idx1-ubyte"
-BUNDLED = {
+BUNDLED = {  # the sums of the original files, unpacked
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
@@ -83,40 +86,55 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     gc.collect()  # torchvision leaves sockets open, of which Python would warn in another test
 
 
-def test_the_bundled_split_is_whole():
+def test_both_bundled_splits_are_whole_and_stay_gzipped():
+    raw = ROOT / "MNIST" / "MNIST" / "raw"
     for name, expected in BUNDLED.items():
-        path = ROOT / "MNIST" / "MNIST" / "raw" / name
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == expected
-    digits, labels = load_digits(ROOT / "MNIST", "test")
-    assert digits.shape == (10_000, 28, 28)
-    assert digits.dtype == torch.uint8
-    assert labels.unique().tolist() == list(range(10))
+        unpacked = gzip.decompress((raw / f"{name}.gz").read_bytes())
+        assert hashlib.sha256(unpacked).hexdigest() == expected
+    for split, count in (("test", 10_000), ("train", 60_000)):
+        digits, labels = load_digits(ROOT / "MNIST", split)
+        assert digits.shape == (count, 28, 28)
+        assert digits.dtype == torch.uint8
+        assert labels.shape == (count,)
+        assert labels.unique().tolist() == list(range(10))
+    assert {path.name for path in raw.iterdir()} == {f"{name}.gz" for name in BUNDLED}
 
 
-def test_the_default_data_needs_no_network(tmp_path: Path):
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_either_split_needs_no_network_and_no_right_to_write(tmp_path: Path, split: str):
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "MNIST", clone / "MNIST")
+    shutil.copy(ROOT / "dcgan_mnist.py", clone)
     code = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise SystemExit('a socket was opened')\n"
         "socket.socket.__init__ = socket.getaddrinfo = refuse\n"
         "import dcgan_mnist\n"
-        "dcgan_mnist.SCORER_EPOCHS = 1\n"
-        "dcgan_mnist.SCORED = 100\n"
-        "sys.exit(dcgan_mnist.main(['--dry-run', '--device', 'cpu']))\n"
+        "dcgan_mnist.WIDTH = 4\n"
+        f"sys.exit(dcgan_mnist.main(['--dry-run', '--device', 'cpu', '--split', '{split}']))\n"
     )
+    before = contents(clone)
+    for path in [*clone.rglob("*"), clone]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
     # on one thread, for the other tests need the other core
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-B", "-c", code],
         cwd=tmp_path,
         env=env,
         capture_output=True,
         text=True,
         check=False,
     )
+    for path in [clone, *clone.rglob("*")]:
+        path.chmod(0o755)
     assert done.returncode == 0, done.stderr
-    assert "Training on 10,000 digits on cpu in " in done.stdout
+    count = {"test": "10,000", "train": "60,000"}[split]
+    assert f"Training on {count} digits on cpu in " in done.stdout
+    assert "score: FD" in done.stdout
     assert "The dry run went well" in done.stdout
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["clone"]
+    assert contents(clone) == before
 
 
 @pytest.mark.usefixtures("no_network")
@@ -128,21 +146,34 @@ def test_a_failed_download_says_which_files_to_place_and_where(run, data_dir: Pa
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_missing_file_is_named(run, data_dir: Path):
-    (data_dir / "MNIST" / "raw" / LABELS).unlink()
-    outcome = run()
-    assert outcome.is_one_line(1, "error: ", LABELS, "place")
+@pytest.mark.parametrize("name", [IMAGES, LABELS])
+def test_a_missing_file_is_named_and_the_other_one_kept(run, data_dir: Path, name: str):
+    (data_dir / "MNIST" / "raw" / name).unlink()
+    before = contents(data_dir)
+    assert run().is_one_line(1, "error: ", name, "place")
+    assert contents(data_dir) == before
 
 
-def test_the_training_split_is_downloaded_once_and_alone(run, mirror: Path, data_dir: Path):
+def test_a_missing_split_is_downloaded_once_and_alone(run, mirror: Path, data_dir: Path):
     train = ("--split", "train", "--dry-run", "--batch-size", 8)
+    before = contents(data_dir)
     assert "Training on 30 digits" in run(*train).out
-    fetched = {path.name for path in (data_dir / "MNIST" / "raw").iterdir()} - set(BUNDLED)
-    assert fetched == {*TRAIN_FILES, *(f"{name}.gz" for name in TRAIN_FILES)}
+    after = contents(data_dir)
+    fetched = set(after) - set(before)
+    assert fetched == {f"MNIST/raw/{name}.gz" for name in TRAIN_FILES}
+    assert after.items() >= before.items()
     for path in mirror.glob("*.gz"):
         path.unlink()
     again = run(*train)
     assert (again.code, again.err) == (0, "")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_failed_download_leaves_no_folders(run, tmp_path: Path):
+    before = contents(tmp_path)
+    assert run("--data-dir", tmp_path / "mistyped").is_one_line(1, "error: ", IMAGES, "mistyped")
+    assert not (tmp_path / "mistyped").exists()
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("fault", ["gone", "wrong"])
@@ -179,6 +210,66 @@ def test_other_data_in_the_same_files_just_works(run, data_dir: Path):
     assert labels.tolist() == [i % 10 for i in range(60)]
     assert digits.dtype == torch.uint8
     assert "Training on 60 digits" in run("--dry-run", "--batch-size", 20).out
+
+
+def gzip_files(folder: Path) -> None:
+    """Replace the files in a folder by gzipped ones."""
+    for path in folder.iterdir():
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("place", [".", "MNIST/raw", "FashionMNIST/raw", "any/folder/at/all"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_digits_are_found_in_any_folder_plain_or_gzipped(
+    data_dir: Path, tmp_path: Path, place: str, packed: bool
+):
+    expected = load_digits(data_dir, "test")
+    folder = tmp_path / "elsewhere" / place
+    shutil.copytree(data_dir / "MNIST" / "raw", folder)
+    if packed:
+        gzip_files(folder)
+    before = contents(tmp_path)
+    found = load_digits(tmp_path / "elsewhere", "test")
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert contents(tmp_path) == before
+
+
+def test_the_plain_file_comes_before_the_gzipped_one(data_dir: Path):
+    write_split(data_dir, 50)
+    gzip_files(data_dir / "MNIST" / "raw")
+    plain = write_split(data_dir, 60)
+    assert torch.equal(load_digits(data_dir, "test")[0], plain)
+
+
+def test_mnists_own_folder_comes_before_others_and_others_must_be_named(run, data_dir: Path):
+    raw = data_dir / "MNIST" / "raw"
+    shutil.copytree(raw, data_dir / "A")
+    for path in raw.iterdir():
+        path.write_bytes(b"damaged")
+    assert run().is_one_line(1, "error: ", "damaged", str(raw))
+    raw.rename(data_dir / "B")
+    outcome = run()
+    folders = (str(data_dir / "A"), str(data_dir / "B"))
+    assert outcome.is_one_line(2, "error: argument --data-dir: ", *folders)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "not gzip"])
+def test_a_damaged_gzipped_file_ends_with_one_line(run, data_dir: Path, damage: str):
+    raw = data_dir / "MNIST" / "raw"
+    gzip_files(raw)
+    path = raw / f"{IMAGES}.gz"
+    whole = path.read_bytes()
+    changes = {
+        "cut": whole[:-100],
+        "changed": whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:],
+        "not gzip": b"<html>403 Forbidden</html>",
+    }
+    path.write_bytes(changes[damage])
+    assert run().is_one_line(1, "error: ", IMAGES, str(raw), "damaged")
+    assert not Path("result").exists()
 
 
 def test_images_go_from_minus_one_for_black_to_one_for_white():

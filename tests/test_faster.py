@@ -401,7 +401,7 @@ def kill_all(process: subprocess.Popen, folder: Path) -> None:
 def torchrun(folder: Path, *options: object) -> Iterator[subprocess.Popen]:
     """Start the small program in two processes on the digits of the data_dir fixture."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [ROOT / "tests" / "shared_program.py", *THREE_STEPS, "--device", "cpu", "--no-score"]
+    command += [ROOT / "tests" / "shared_program.py", *THREE_STEPS, "--device", "cpu"]
     command += ["--data-dir", folder.parent / "data", *options]
     with subprocess.Popen(
         [str(part) for part in command],

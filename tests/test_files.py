@@ -153,7 +153,7 @@ def below(name: str, files: dict[str, bytes]) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("mean_scorer")
 def test_a_new_run_moves_all_of_an_earlier_one_and_nothing_else(run):
-    run(*THREE_STEPS, "--epochs", 3, scored=True)
+    run(*THREE_STEPS, "--epochs", 3)
     for command in (["--generate", 3], ["--interpolate"], ["--evaluate"]):
         assert run(*command).code == 0
     first = contents("result")
@@ -281,15 +281,6 @@ def test_a_run_that_cannot_begin_moves_nothing(
     assert not Path("result/previous_001").exists()
 
 
-def test_a_run_without_a_scorer_moves_nothing(run, earlier_run: dict[str, bytes], monkeypatch):
-    def missing(_: torch.device) -> None:
-        raise Failure("the digits of the scorer are missing")
-
-    monkeypatch.setattr(dcgan_mnist, "make_scorer", missing)
-    assert run(*THREE_STEPS, scored=True).is_one_line(1, "error: the digits of the scorer")
-    assert contents(".") == earlier_run
-
-
 def test_half_written_files_of_a_killed_run_are_removed(run, earlier_run: dict[str, bytes]):
     for name in (".checkpoint.pt.tmp", ".generated_epoch_007.png.tmp"):
         Path("result", name).write_bytes(b"half")
@@ -303,7 +294,7 @@ def test_half_written_files_of_a_killed_run_are_removed(run, earlier_run: dict[s
 def test_at_no_moment_of_a_run_is_a_file_half_written(run):
     whole: dict[str, set[bytes]] = {}  # what each file holds after an epoch
     for epochs in (1, 2, 3):
-        run(*THREE_STEPS, "--epochs", epochs, "--output-dir", epochs, scored=True)
+        run(*THREE_STEPS, "--epochs", epochs, "--output-dir", epochs)
         for name, content in contents(str(epochs)).items():
             whole.setdefault(name, set()).add(content)
     moments = 0
@@ -324,7 +315,7 @@ def test_at_no_moment_of_a_run_is_a_file_half_written(run):
     before = sys.gettrace()
     sys.settrace(look)
     try:
-        outcome = run(*THREE_STEPS, "--epochs", 3, scored=True)
+        outcome = run(*THREE_STEPS, "--epochs", 3)
     finally:
         sys.settrace(before)
     assert (outcome.code, outcome.err) == (0, "")
@@ -430,10 +421,10 @@ def test_a_best_generator_that_cannot_be_written_ends_the_run_and_keeps_the_last
     run, held_open: set[str], fake_scores, monkeypatch
 ):
     fake_scores([30.0], [10])
-    run(*THREE_STEPS, "--epochs", 1, "--output-dir", "one", scored=True)
+    run(*THREE_STEPS, "--epochs", 1, "--output-dir", "one")
     fake_scores([30.0, 20.0], [10, 10])
     hold_by_epoch(monkeypatch, held_open, {2: "generator_best.pt"})
-    outcome = run(*THREE_STEPS, "--epochs", 2, scored=True)
+    outcome = run(*THREE_STEPS, "--epochs", 2)
     path = Path("result/generator_best.pt")
     assert outcome.is_one_line(1, f"error: cannot write {path} (Permission denied)")
     assert_same_run("result", "one")
@@ -468,7 +459,7 @@ def test_the_best_generator_is_there_before_the_checkpoint_of_its_epoch(
 ):
     fake_scores([30.0, 20.0], [10, 10])
     interrupt_writing(monkeypatch, "checkpoint.pt", time=2)
-    outcome = run(*THREE_STEPS, "--epochs", 2, scored=True)
+    outcome = run(*THREE_STEPS, "--epochs", 2)
     assert outcome.is_one_line(130, "stopped: epoch 1 is saved")
     assert saved()["epoch"] == 1
     best = torch.load("result/generator_best.pt", weights_only=True)
@@ -534,7 +525,7 @@ def test_a_folder_deleted_during_the_run_ends_with_one_line(run, monkeypatch):
 @pytest.fixture
 def checkpoint(run, mean_scorer: None) -> Path:
     """The checkpoint of a run of one epoch, beside the best generator."""
-    run(*THREE_STEPS, "--epochs", 1, scored=True)
+    run(*THREE_STEPS, "--epochs", 1)
     return Path("result/checkpoint.pt")
 
 
@@ -773,8 +764,8 @@ def test_loading_a_generator_leaves_random_numbers_alone(run):
 
 
 def test_the_last_or_the_best_epochs_generator_can_be_had(run, fake_scores):
-    fake_scores([10.0, 20.0], [10, 10])
-    run(*THREE_STEPS, "--epochs", 2, "--lr", 0.01, scored=True)
+    fake_scores([10.0, 20.0, 10.0], [10, 10, 10])
+    run(*THREE_STEPS, "--epochs", 2, "--lr", 0.01)
     run(*THREE_STEPS, "--epochs", 1, "--lr", 0.01, "--output-dir", "one")
     best = load_generator(Path("result"), best=True)
     last = load_generator("result")

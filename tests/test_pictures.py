@@ -122,7 +122,7 @@ def test_functions_that_draw_pictures_write_no_file(
 
 
 @pytest.mark.parametrize(
-    ("count", "size"), [(1, (56, 56)), (10, (604, 64)), (11, (604, 124)), (100, (604, 604))]
+    ("count", "size"), [(1, (64, 64)), (10, (604, 64)), (11, (604, 124)), (100, (604, 604))]
 )
 def test_grids_have_ten_digits_a_row(count: int, size: tuple[int, int]):
     assert grid(flat(0, count)).size == size

@@ -1,22 +1,49 @@
-"""The scores: the distance, the scorer, what a run makes of its scores, and warnings."""
+"""The scores: the distances, the shipped scorer, what a run makes of its scores, and warnings."""
 
+import hashlib
+import importlib.util
 import itertools
 import math
 import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from helpers import RUN_FILES, THREE_STEPS, change_steps, contents, write_idx
+from helpers import (
+    DEPTH,
+    ROOT,
+    RUN_FILES,
+    THREE_STEPS,
+    change_steps,
+    contents,
+    write_idx,
+)
 
 import dcgan_mnist
-from dcgan_mnist import BUNDLED, Scorer, frechet_distance, load_digits, signs_of_collapse
+from dcgan_mnist import (
+    BUNDLED,
+    Classifier,
+    Scorer,
+    density_and_coverage,
+    frechet_distance,
+    load_classifier,
+    load_digits,
+    moments,
+    read_scorer,
+    sample,
+    share_of_copies,
+    signs_of_collapse,
+)
 
 SCORE_LINE = re.compile(
-    r"^score: FD (\d+\.\d) - digits (\d+)/10 - evenness ([01]\.\d\d) - confident ([01]\.\d\d)$",
+    r"^score: FD (\d+\.\d) \(floor \d+\.\d\) - digits (\d+)/10 - evenness ([01]\.\d\d)"
+    r" - confident ([01]\.\d\d)$",
     re.MULTILINE,
 )
+CPU = torch.device("cpu")
+Judged = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 # ------------------------------------------ the distance ------------------------------------------
@@ -27,6 +54,11 @@ def features_with(mean: list[float], covariance: list[list[float]]) -> torch.Ten
     white = points @ torch.linalg.inv(torch.linalg.cholesky(points.T.cov())).T
     target = torch.linalg.cholesky(torch.tensor(covariance).double())
     return white @ target.T + torch.tensor(mean).double()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the Frechet distance of points."""
+    return frechet_distance(moments(a), moments(b))
 
 
 @pytest.mark.parametrize(
@@ -46,106 +78,172 @@ def test_the_distance_is_that_of_two_gaussians_computed_by_hand(
 ):
     a = features_with([0, 0], [[1, 0], [0, 4]])
     b = features_with(mean, covariance)
-    assert frechet_distance(a, b) == pytest.approx(expected, abs=1e-5)
-    assert frechet_distance(b, a) == pytest.approx(expected, abs=1e-5)
+    assert distance(a, b) == pytest.approx(expected, abs=1e-5)
+    assert distance(b, a) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_distance_can_be_had_where_features_are_always_zero():
     a = torch.zeros(50, 3)
     a[:, 0] = torch.arange(50)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_distance_can_be_had_where_features_depend_on_one_another():
     stream = torch.Generator().manual_seed(0)
     a = torch.randn(200, 5, generator=stream) @ torch.randn(5, 64, generator=stream)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-3)  # their variances add up to 366
+    assert distance(a, a) == pytest.approx(0, abs=1e-3)  # their variances add up to 366
 
 
-# ------------------------------------------- the scorer -------------------------------------------
-@pytest.fixture(scope="session")
-def scorer() -> Scorer:
-    """A scorer that has learned for half as long as that of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dcgan_mnist, "SCORER_EPOCHS", 5)
-        return Scorer(torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def real() -> tuple[torch.Tensor, torch.Tensor]:
-    """The bundled digits and labels in random order."""
-    digits, labels = load_digits(BUNDLED, "test")
-    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(5))
-    return digits[order], labels[order]
-
-
-@pytest.fixture
-def quick_scorer(
-    real: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Let scorers learn only 500 digits, and 1,000 more tell how well; score few."""
-    digits, labels = real
-    raw = tmp_path / "bundled" / "MNIST" / "raw"
-    write_idx(raw / "t10k-images-idx3-ubyte", digits[:1500])
-    write_idx(raw / "t10k-labels-idx1-ubyte", labels[:1500].byte())
-    monkeypatch.setattr(dcgan_mnist, "BUNDLED", tmp_path / "bundled")
-    monkeypatch.setattr(dcgan_mnist, "SCORED", 100)
-
-
-def test_the_scorer_recognises_digits_it_has_not_seen(scorer: Scorer):
-    assert scorer.accuracy >= 0.98
-
-
-def test_the_distance_tells_good_digits_from_worse_ones(scorer: Scorer, real):
-    digits, labels = real
-    one = scorer.judge(digits[:5000])[0]
-    other = scorer.judge(digits[5000:])[0]
-    near = frechet_distance(one, other)
-    assert 0 < near < 1.5
-    distances = [near]
+# ------------------------------------ density, coverage, copies -----------------------------------
+def test_density_and_coverage_are_those_counted_one_by_one():
     stream = torch.Generator().manual_seed(0)
-    for level in (8, 16, 32, 64):
-        noise = level * torch.randn(5000, 28, 28, generator=stream)
-        noisy = (digits[:5000] + noise).clamp(0, 255).round().byte()
-        distances.append(frechet_distance(scorer.judge(noisy)[0], other))
-    assert all(b > 2 * a for a, b in itertools.pairwise(distances))
+    real = torch.randn(600, 3, generator=stream)
+    drawn = 0.7 * torch.randn(700, 3, generator=stream) + 0.5
+    inside = np.zeros((700, 600), dtype=bool)
+    for i, centre in enumerate(real.numpy()):
+        others = np.linalg.norm(np.delete(real.numpy(), i, axis=0) - centre, axis=1)
+        radius = np.sort(others)[4]  # to the fifth neighbour
+        inside[:, i] = np.linalg.norm(drawn.numpy() - centre, axis=1) < radius
+    density, coverage = density_and_coverage(drawn, real)
+    assert density == pytest.approx(inside.sum() / (5 * 700), abs=1e-3)
+    assert coverage == pytest.approx(inside.any(axis=0).mean(), abs=2e-3)
+    assert 0.2 < coverage < 0.9
+
+
+def test_digits_all_alike_are_dense_and_cover_little():
+    real = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    alike = real[real.norm(dim=1).argmin()].expand(1000, 2)
+    density, coverage = density_and_coverage(alike, real)
+    assert density > 0.9
+    assert coverage < 0.02
+
+
+def test_copies_are_those_nearest_to_what_training_saw():
+    seen = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
+    unseen = torch.tensor([[4.0, 0.0], [0.0, 9.0]])
+    drawn = torch.tensor([[1.0, 0.0], [3.0, 0.0], [8.0, 1.0], [0.0, 4.0], [0.0, 5.0]])
+    assert share_of_copies(drawn, seen, unseen) == pytest.approx(3 / 5)
+    assert share_of_copies(seen, seen, unseen) == 1.0
+    assert share_of_copies(unseen, seen, unseen) == 0.0
+
+
+# --------------------------------------- the shipped scorer ---------------------------------------
+@pytest.fixture(scope="session")
+def classifier() -> Classifier:
+    """The shipped classifier."""
+    return load_classifier(read_scorer(), CPU)
+
+
+@pytest.fixture(scope="session")
+def judged(classifier: Classifier) -> Judged:
+    """What it makes of 10,000 digits of each split: features (n, 64), probabilities (n, 10)."""
+    return {
+        split: classifier.judge(sample(load_digits(BUNDLED, split)[0], 10_000))
+        for split in ("train", "test")
+    }
+
+
+def test_the_shipped_file_is_small_and_the_one_that_the_program_knows():
+    content = dcgan_mnist.SCORER.read_bytes()
+    assert len(content) <= 500_000
+    assert hashlib.sha256(content).hexdigest() == dcgan_mnist.SCORER_SHA256
+
+
+def test_the_scorer_recognises_the_digits_that_it_has_not_seen(judged: Judged):
+    labels = sample(load_digits(BUNDLED, "test")[1], 10_000)
+    accuracy = (judged["test"][1].argmax(dim=1) == labels).double().mean().item()
+    assert accuracy >= 0.994
+    assert accuracy == pytest.approx(read_scorer()["accuracy"], abs=3e-4)
+
+
+@pytest.mark.parametrize(("seen", "unseen"), [("test", "train"), ("train", "test")])
+@pytest.mark.parametrize("count", [2000, 10_000])
+def test_real_digits_of_either_split_get_the_floor(
+    judged: Judged, seen: str, unseen: str, count: int
+):
+    scorer = Scorer(read_scorer(), seen, CPU)
+    assert scorer.unseen == unseen
+    floor = scorer.floors[count]
+    score = scorer.scores(*(part[:count] for part in judged[seen]))
+    assert floor.keys() == score.keys() | set(DEPTH)
+    for name in score:
+        assert score[name] == pytest.approx(floor[name], rel=0.02)
+    assert 0 < floor["fd"] < 10
+    assert floor["digits"] == 10
+    assert floor["evenness"] > 0.99
+    assert floor["confident"] > 0.97
+
+
+@pytest.mark.parametrize("seen", ["test", "train"])
+def test_the_floor_of_the_other_scores_is_that_of_good_digits(seen: str):
+    floor = Scorer(read_scorer(), seen, CPU).floors[10_000]
+    assert floor["density"] == pytest.approx(1, abs=0.1)
+    assert floor["coverage"] > 0.9
+    assert floor["copies"] == 1.0  # they are those that training saw
+
+
+@pytest.mark.parametrize("seen", ["test", "train"])
+def test_a_missing_digit_costs_many_times_the_floor(judged: Judged, seen: str):
+    scorer = Scorer(read_scorer(), seen, CPU)
+    features, probabilities = judged[seen]
+    kinds = probabilities.argmax(dim=1)
     for digit in range(10):
-        assert frechet_distance(one[labels[:5000] != digit], other) > 5 * near
+        others = kinds != digit
+        score = scorer.scores(features[others][:2000], probabilities[others][:2000])
+        assert score["fd"] > 5 * scorer.floors[2000]["fd"]
+        assert score["digits"] == 9
 
 
-def test_real_digits_score_well_and_get_the_floor(scorer: Scorer, real):
-    score = scorer(real[0][:2000])
-    assert score["digits"] == 10
-    assert score["evenness"] > 0.99
-    assert score["confident"] > 0.9
-    assert 0 < scorer.floor < 2
-    assert score["fd"] < 2 * scorer.floor
+def test_the_distance_grows_with_noise(classifier: Classifier):
+    scorer = Scorer(read_scorer(), "test", CPU)
+    digits = sample(load_digits(BUNDLED, "test")[0], 2000)
+    distances = [scorer.floors[2000]["fd"]]
+    stream = torch.Generator().manual_seed(0)
+    for level in (16, 32, 64):  # grey levels
+        noise = level * torch.randn(2000, 28, 28, generator=stream)
+        distances.append(scorer((digits + noise).clamp(0, 255).round().byte())["fd"])
+    assert all(b > 2 * a for a, b in itertools.pairwise(distances))
 
 
-def test_one_digit_alone_scores_badly(scorer: Scorer, real):
-    digits, labels = real
-    score = scorer(digits[labels == 1])
+def test_one_digit_alone_scores_badly(judged: Judged):
+    scorer = Scorer(read_scorer(), "test", CPU)
+    features, probabilities = judged["test"]
+    ones = probabilities.argmax(dim=1) == 1
+    score = scorer.scores(features[ones], probabilities[ones])
     assert score["digits"] == 1
-    assert score["evenness"] < 0.1
-    assert score["fd"] > 20 * scorer.floor
+    assert score["evenness"] == pytest.approx(0, abs=1e-6)
+    assert score["fd"] > 100 * scorer.floors[2000]["fd"]
 
 
-def test_digits_blended_with_others_are_not_recognised_with_confidence(scorer: Scorer, real):
-    digits = real[0]
-    blends = digits[:2000] // 2 + digits[2000:4000] // 2
+def test_digits_blended_with_others_are_not_recognised_with_confidence():
+    scorer = Scorer(read_scorer(), "test", CPU)
+    digits = sample(load_digits(BUNDLED, "test")[0], 1000)
+    blends = digits[:500] // 2 + digits[500:] // 2
     assert scorer(blends)["confident"] < 0.8
 
 
-def test_a_digit_appears_from_two_in_a_hundred_on(
-    scorer: Scorer, real, monkeypatch: pytest.MonkeyPatch
+def test_copies_of_what_training_saw_are_found_out_also_shifted(
+    classifier: Classifier, judged: Judged
 ):
+    seen = sample(load_digits(BUNDLED, "test")[0], 10_000)
+    shifted = classifier.judge(seen[:2000].roll(1, dims=2))[0]
+    features = {split: judged[split][0] for split in judged}
+    assert share_of_copies(features["test"][:2000], features["test"], features["train"]) == 1.0
+    assert share_of_copies(shifted, features["test"], features["train"]) > 0.9
+    others = load_digits(BUNDLED, "train")[0][:4000]
+    new = classifier.judge(others)[0]
+    known = torch.cdist(new, features["train"]).amin(dim=1) < 0.1  # among the 10,000
+    share = share_of_copies(new[~known], features["test"], features["train"])
+    assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_digit_appears_from_two_in_a_hundred_on():
     probabilities = torch.zeros(100, 10)
     probabilities[:49, 0] = 1.0
     probabilities[49:97, 1] = 1.0
     probabilities[97:99, 2] = 0.91
     probabilities[99, 3] = 0.9
-    monkeypatch.setattr(scorer, "judge", lambda _: (torch.rand(100, 64), probabilities))
-    score = scorer(real[0][:100])
+    score = Scorer(read_scorer(), "test", CPU).scores(torch.rand(100, 64), probabilities)
     assert score["digits"] == 3
     assert score["confident"] == pytest.approx(0.99)
     shares = [0.49, 0.48, 0.02, 0.01]
@@ -153,95 +251,222 @@ def test_a_digit_appears_from_two_in_a_hundred_on(
     assert score["evenness"] == pytest.approx(entropy / math.log(10))
 
 
-@pytest.mark.usefixtures("quick_scorer")
-def test_scorers_are_all_the_same_and_touch_no_random_state():
-    scorers = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        before = torch.get_rng_state()
-        scorers.append(Scorer(torch.device("cpu")))
-        assert torch.equal(torch.get_rng_state(), before)
-    first, second = scorers
-    assert first.floor == second.floor
-    assert first.accuracy == second.accuracy
-    weights = first.classifier.state_dict()
-    assert len(weights) > 0
-    for name, other in second.classifier.state_dict().items():
-        assert torch.equal(weights[name], other)
+def test_loading_the_classifier_touches_no_random_state():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    load_classifier(read_scorer(), CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ----------------------------------------- making the scorer --------------------------------------
+@pytest.fixture
+def maker(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """MNIST/make_scorer.py, set to learn 300 digits once; the other split has 100."""
+    spec = importlib.util.spec_from_file_location("maker", ROOT / "MNIST" / "make_scorer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    counts = {"train": 300, "test": 100}
+
+    def few(data_dir: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        digits, labels = load_digits(data_dir, split)
+        return digits[: counts[split]], labels[: counts[split]]
+
+    monkeypatch.setattr(module, "load_digits", few)
+    monkeypatch.setattr(dcgan_mnist, "load_digits", few)
+    monkeypatch.setattr(module, "EPOCHS", 1)
+    monkeypatch.setattr(module, "COUNTS", (50, 100))
+    return module
+
+
+def make(maker: ModuleType, path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Run the maker; return what it wrote."""
+    argv = ["make_scorer.py", "--seed", str(seed), "--output", str(path)]
+    monkeypatch.setattr("sys.argv", argv)
+    maker.main()
+    return torch.load(path, weights_only=True)
+
+
+def test_the_maker_writes_what_the_program_reads(
+    maker: ModuleType, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "scorer.pt"
+    content = make(maker, path, 0, monkeypatch)
+    printed = capsys.readouterr().out
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f'SCORER_SHA256 = "{checksum}"' in printed
+    assert f"{content['accuracy']:.2%} of the test split are recognised" in printed
+    monkeypatch.setattr(dcgan_mnist, "SCORER", path)
+    monkeypatch.setattr(dcgan_mnist, "SCORER_SHA256", checksum)
+    shipped = torch.load(BUNDLED / "scorer.pt", weights_only=True)
+    assert content.keys() == shipped.keys()
+    for seen in ("train", "test"):
+        scorer = Scorer(read_scorer(), seen, CPU)
+        real = sample(dcgan_mnist.load_digits(BUNDLED, seen)[0], 50)
+        assert scorer.evaluate(real) == scorer.floors[50]
+
+
+def test_the_same_seed_makes_the_same_scorer_and_another_seed_another(
+    maker: ModuleType, tmp_path: Path, monkeypatch
+):
+    weights = []
+    for seed in (0, 0, 1):
+        content = make(maker, tmp_path / "scorer.pt", seed, monkeypatch)
+        weights.append(content["classifier"]["head.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 # ------------------------------------------ scores of a run ---------------------------------------
-@pytest.mark.usefixtures("quick_scorer")
-def test_every_epoch_has_a_score_in_the_log_and_the_history_also_after_a_resume(run):
-    out = run(*THREE_STEPS, "--epochs", 2, "--output-dir", "whole", scored=True).out
-    stated = r"^scorer: \d+\.\d% of 1,000 held-out digits right - floor: FD \d+\.\d$"
-    assert len(re.findall(stated, out, re.MULTILINE)) == 1
+def lines_about_scores(out: str) -> list[str]:
+    """Return the lines that tell with which scores a run goes, or that it goes without."""
+    return [line for line in out.splitlines() if "cores" in line]
+
+
+def test_every_epoch_has_a_score_in_the_log_and_the_history_also_after_a_resume(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dcgan_mnist, "SCORED", 2000)
+    some = ("--data-dir", ROOT / "MNIST", "--batch-size", 5000)
+    out = run(*some, "--epochs", 2, "--output-dir", "whole").out
+    [stated] = lines_about_scores(out)
+    assert stated == "Scores compare with MNIST's train split, which this run does not see"
     logged = np.array(SCORE_LINE.findall(out), dtype=float)
     assert len(logged) == 2
     table = np.genfromtxt("whole/history.csv", delimiter=",", names=True)
-    assert table["epoch"].tolist() == [1, 1, 1, 2, 2, 2]
-    assert table["step"].tolist() == [1, 2, 3] * 2
+    assert table["epoch"].tolist() == [1, 1, 2, 2]
+    assert table["step"].tolist() == [1, 2] * 2
     for column, name in enumerate(("fd", "digits", "evenness", "confident")):
-        assert table[name] == pytest.approx(logged[:, column].repeat(3), abs=0.051)
+        assert table[name] == pytest.approx(logged[:, column].repeat(2), abs=0.051)
     assert set(contents("whole")) == RUN_FILES | {"generator_best.pt"}
 
-    run(*THREE_STEPS, "--epochs", 1, scored=True)
-    run("--resume", "--epochs", 2, scored=True)
+    run(*some, "--epochs", 1)
+    run(*some, "--resume", "--epochs", 2)
     for name in ("history.csv", "loss_curve.png", "generator_best.pt"):
         assert contents("result")[name] == contents("whole")[name]
 
 
-def test_without_scores_none_is_trained_printed_or_kept(run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr(dcgan_mnist, "Scorer")
-    outcome = run(*THREE_STEPS, "--epochs", 2)
-    assert outcome.code == 0
-    assert "score" not in outcome.out
+def without_scores(run, *argv: object) -> str:
+    """Run two epochs, check that they have no scores, and return the line that says why."""
+    outcome = run(*argv, "--epochs", 2)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "score:" not in outcome.out
     assert "best" not in outcome.out
     table = np.genfromtxt("result/history.csv", delimiter=",", names=True)
     assert np.isnan(table["fd"]).all()
     assert set(contents("result")) == RUN_FILES
+    [line] = lines_about_scores(outcome.out)
+    assert line.startswith("This run goes without scores: ")
+    return line
+
+
+def test_other_data_goes_without_scores_and_says_so(run):
+    assert "not those of MNIST" in without_scores(run, *THREE_STEPS)
+
+
+def test_digits_cut_from_mnist_go_without_scores(run, data_dir: Path):
+    digits, labels = load_digits(BUNDLED, "test")
+    raw = data_dir / "MNIST" / "raw"
+    write_idx(raw / "t10k-images-idx3-ubyte", digits[:9999])
+    write_idx(raw / "t10k-labels-idx1-ubyte", labels[:9999].byte())
+    assert "not those of MNIST" in without_scores(run, "--batch-size", 3333)
+
+
+@pytest.fixture(params=["missing", "changed"])
+def other_scorer(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A scorer file that is missing, or that is a scorer, but not the shipped one."""
+    path = tmp_path / "scorer.pt"
+    if request.param == "changed":
+        content = read_scorer()
+        content["accuracy"] = 1.0
+        torch.save(content, path)
+    monkeypatch.setattr(dcgan_mnist, "SCORER", path)
+    return str(path)
+
+
+def test_without_the_shipped_scorer_a_run_goes_without_scores(
+    run, other_scorer: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    known = dcgan_mnist.sha256_of(load_digits(data_dir, "test")[0])
+    monkeypatch.setattr(dcgan_mnist, "SPLIT_OF_DIGITS", {known: "test"})
+    assert other_scorer in without_scores(run, *THREE_STEPS)
+
+
+@pytest.mark.parametrize("command", [["--evaluate"], ["--generate", 3, "--digit", 7]])
+def test_without_the_shipped_scorer_nothing_is_scored_or_chosen(
+    run, other_scorer: str, command: list
+):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents("result")
+    assert run(*command).is_one_line(1, "error: ", other_scorer)
+    assert contents("result") == before
 
 
 # -------------------------------------------- warnings --------------------------------------------
-HEALTHY = {"fd": 20.0, "digits": 10, "evenness": 0.9, "confident": 0.5}
+def figures(ds_loss: list[float], fd: float = 20.0, digits: float = 10) -> dict[str, torch.Tensor]:
+    """Return the figures of an epoch by their names, each (steps,)."""
+    count = len(ds_loss)
+    return {
+        "ds_loss": torch.tensor(ds_loss),
+        "fd": torch.full((count,), fd),
+        "digits": torch.full((count,), float(digits)),
+    }
+
+
+NOTHING = {name: torch.empty(0) for name in ("ds_loss", "fd", "digits")}
+NONE = math.nan  # a run without scores
 
 
 @pytest.mark.parametrize(
-    ("losses", "score", "best_fd", "signs"),
+    ("epoch", "before", "signs"),
     [
-        ([0.01, 0.6, 0.01], {}, 20.0, []),
-        ([0.01, 0.01, 0.051], {}, 20.0, []),
-        ([0.6], {"digits": 8, "fd": 39.9}, 20.0, []),
-        ([0.6], {"fd": math.nan, "digits": math.nan}, math.inf, []),
-        ([0.049, 0.01, 0.049], {}, 20.0, ["ds_loss stayed under 0.05"]),
-        ([0.6], {"digits": 7}, 20.0, ["only 7 of the ten digits appear"]),
-        ([0.6], {"fd": 40.1}, 20.0, ["FD is more than twice its best"]),
+        (figures([0.6], 900, 1), NOTHING, []),
+        (figures([0.6], 900, 1), figures([0.6], 300, 7), []),
+        (figures([0.01, 0.6, 0.01]), figures([0.6]), []),
+        (figures([0.01, 0.051]), figures([0.6]), []),
+        (figures([0.6], 39.9, 8), figures([0.6]), []),
+        (figures([0.6], NONE, NONE), figures([0.6], NONE, NONE), []),
+        (figures([0.049, 0.01]), figures([0.6]), ["ds_loss stayed under 0.05"]),
         (
-            [0.01],
-            {"digits": 1, "fd": 100.0},
-            20.0,
+            figures([0.01], NONE, NONE),
+            figures([0.6], NONE, NONE),
+            ["ds_loss stayed under 0.05"],
+        ),
+        (figures([0.6], 20, 7), figures([0.6], 20, 8), ["only 7 of the ten digits still appear"]),
+        (figures([0.6], 40.1), figures([0.6]), ["FD is more than twice its best"]),
+        (
+            figures([0.01], 100, 1),
+            figures([0.6]),
             [
-                "only 1 of the ten digits appear",
-                "FD is more than twice its best",
                 "ds_loss stayed under 0.05",
+                "only 1 of the ten digits still appear",
+                "FD is more than twice its best",
             ],
         ),
     ],
 )
 def test_each_sign_of_a_collapse_is_named_and_none_where_all_is_well(
-    losses: list[float], score: dict[str, float], best_fd: float, signs: list[str]
+    epoch: dict[str, torch.Tensor], before: dict[str, torch.Tensor], signs: list[str]
 ):
-    assert signs_of_collapse(torch.tensor(losses), HEALTHY | score, best_fd) == signs
+    assert signs_of_collapse(epoch, before) == signs
 
 
 def test_a_run_warns_of_epochs_that_look_like_a_collapse_and_of_no_other(run, fake_scores):
-    fake_scores([20.0, 39.0, 10.0, 10.0, 20.1, 30.0], [10, 8, 9, 7, 10, 1])
-    outcome = run(*THREE_STEPS, "--epochs", 6, scored=True)
+    fake_scores([900.0, 200.0, 20.0, 39.0, 10.0, 10.0, 20.1, 30.0], [1, 3, 10, 8, 9, 7, 10, 1])
+    outcome = run(*THREE_STEPS, "--epochs", 8)
     worse = "FD is more than twice its best"
-    both = f"only 1 of the ten digits appear and {worse}"
-    signs = ["only 7 of the ten digits appear", worse, both]
+    both = f"only 1 of the ten digits still appear and {worse}"
+    signs = ["only 7 of the ten digits still appear", worse, both]
     hint = "README.md says what to do"
     assert outcome.warnings() == [f"warning: {sign}; {hint}" for sign in signs]
+
+
+def test_a_collapse_is_also_seen_by_a_resumed_run(run, fake_scores):
+    fake_scores([20.0], [10])
+    run(*THREE_STEPS, "--epochs", 1)
+    fake_scores([20.0], [2])
+    assert "only 2 of the ten digits" in run("--resume", "--epochs", 2).warnings()[0]
 
 
 def test_a_discriminator_that_has_won_is_warned_of_also_without_scores(
@@ -257,7 +482,7 @@ def test_a_discriminator_that_has_won_is_warned_of_also_without_scores(
 
 
 def test_a_dry_run_gives_no_warning(run, fake_scores):
-    fake_scores([10.0, 30.0], [1, 1])
-    outcome = run(*THREE_STEPS, "--dry-run", scored=True)
+    fake_scores([10.0, 30.0], [10, 1])
+    outcome = run(*THREE_STEPS, "--dry-run")
     assert outcome.code == 0
     assert outcome.warnings() == []

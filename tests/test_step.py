@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import THREE_STEPS, batch, new_gan, parameters, same, saved
+from helpers import THREE_STEPS, MeanScorer, batch, new_gan, parameters, same, saved
 from torch import nn
 
 import dcgan_mnist
@@ -329,18 +329,19 @@ def test_batchnorm_statistics_fit_the_averaged_weights():
     assert not gan.average.training
 
 
+@pytest.mark.usefixtures("mean_scorer")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pictures_scores_and_generate_draw_with_the_averaged_weights(
     run, monkeypatch: pytest.MonkeyPatch, precision: str
 ):
     scored = []
 
-    def scorer(digits: torch.Tensor) -> dict[str, float]:
+    def score(_: MeanScorer, digits: torch.Tensor) -> dict[str, float]:
         scored.append(digits)
         return dict.fromkeys(dcgan_mnist.SCORES, 1)
 
-    monkeypatch.setattr(dcgan_mnist, "make_scorer", lambda _: scorer)
-    run(*THREE_STEPS, "--epochs", 3, "--lr", 0.01, "--precision", precision, scored=True)
+    monkeypatch.setattr(MeanScorer, "__call__", score)
+    run(*THREE_STEPS, "--epochs", 3, "--lr", 0.01, "--precision", precision)
     checkpoint = saved()
     gan = new_gan()
     gan.restore(checkpoint)
