@@ -693,8 +693,8 @@ SCORE_LINE = (
     "score: FD {fd:.1f} (floor {floor:.1f}) - digits {digits}/10 - evenness {evenness:.2f}"
     " - confident {confident:.2f}"
 )
-SCORER = BUNDLED / "scorer.pt"  # made by MNIST/make_scorer.py
-SCORER_SHA256 = "d6fc2b59b18e60fd371ebf2ca825406409d580257a808172c573227077a979de"  # another judge would give other figures
+SCORER = BUNDLED / "scorer.pt"  # made by MNIST/make_scorer.py; figures of another cannot compare
+SCORER_SHA256 = "d6fc2b59b18e60fd371ebf2ca825406409d580257a808172c573227077a979de"
 SPLIT_OF_DIGITS = {  # by sha256_of all its digits
     "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757": "train",
     "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161": "test",
@@ -872,19 +872,17 @@ def share_of_copies(drawn: Tensor, seen: Tensor, unseen: Tensor) -> float:
 def signs_of_collapse(epoch: dict[str, Tensor], before: dict[str, Tensor]) -> list[str]:
     """List the signs of a collapse in the figures of an epoch's steps, each (steps,) by its name.
 
-    ``before`` has the figures of all earlier steps. A run that has never drawn most of the digits
-    has not begun to draw and cannot collapse yet.
+    ``before`` has the figures of all earlier steps: only what was better before can collapse.
     """
     signs = []
     if epoch["ds_loss"].max() < 0.05:
         signs.append("ds_loss stayed under 0.05")
-    began = before["digits"] >= 8
-    if began.any():
-        digits = int(epoch["digits"][0])
-        best_fd = before["fd"][began].min()
-        if digits < 8:
-            signs.append(f"only {digits} of the ten digits still appear")
-        if epoch["fd"][0] > 2 * best_fd:
+    if len(before["fd"]) > 0:
+        digits = epoch["digits"][0]
+        most = before["digits"].max()
+        if digits <= most - 3:
+            signs.append(f"digits fell from {most:.0f} to {digits:.0f}")
+        if epoch["fd"][0] > 2 * before["fd"].min():
             signs.append("FD is more than twice its best")
     return signs
 
