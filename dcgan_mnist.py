@@ -58,7 +58,8 @@ from tqdm import tqdm
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
 SAMPLES = 50  # digits in the picture of an epoch: five rows of ten
-SCORED = 2000  # digits drawn for the score of an epoch: their distance is right to a few percent
+SCORED = 2000  # digits drawn for the score of an epoch
+EVALUATED = 10_000  # digits drawn for the score of a finished run
 PROGRAM = "dcgan_mnist.py"
 NORM_SAMPLES = 1000  # digits drawn for the statistics of the averaged generator's BatchNorm layers
 BUNDLED = Path(__file__).resolve().parent / "MNIST"  # the data folder beside this file
@@ -220,7 +221,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def download_digits(names: tuple[str, str], folder: Path) -> None:
-    """Download a split's two files, gzipped. Raises Failure and then leaves nothing behind."""
+    """Download a split's two files, gzipped, into a folder. Raises Failure."""
     from torchvision.datasets import MNIST  # here and not above, for it takes a while
 
     with TemporaryDirectory() as temporary:
@@ -251,7 +252,7 @@ def to_images(digits: Tensor) -> Tensor:
     return digits.unsqueeze(1).float() / 127.5 - 1
 
 
-# Every use of random numbers starts from a seed of its own, so that none depends on what came
+# Every use of random numbers starts anew from the run's seed, so that none depends on what came
 # before it. Epochs 1, 2, ... have the streams 1, 2, ...: the order of the digits and the noise.
 FIXED_NOISE = 0  # the noise of the pictures, the same after every epoch
 DRAWING = -1  # the noise of scores and of --generate
@@ -626,11 +627,11 @@ def grid(digits: Tensor, caption: str = "") -> Image.Image:
     """Arrange digits (n, 28, 28) of uint8 ten a row, twice their size, under a caption if any."""
     columns = min(len(digits), 10)
     rows = math.ceil(len(digits) / 10)
-    cells = digits.new_zeros(rows * columns, 30, 30)  # black lines of two pixels lie between digits
+    cells = digits.new_zeros(rows * columns, 30, 30)  # with a margin of two pixels above and left
     cells[: len(digits), 2:, 2:] = digits
     joined = cells.view(rows, columns, 30, 30).transpose(1, 2).reshape(rows * 30, columns * 30)
     picture = Image.fromarray(joined.numpy())
-    picture = ImageOps.expand(picture, (0, 0, 2, 2))  # and such lines close it off
+    picture = ImageOps.expand(picture, (0, 0, 2, 2))  # the margin on the right and below
     picture = ImageOps.scale(picture, 2, Image.Resampling.NEAREST)
     picture = ImageOps.expand(picture, (0, 32 if caption else 0, 0, 0))
     ImageDraw.Draw(picture).text((6, 16), caption, fill=255, font_size=20, anchor="lm")
@@ -693,8 +694,9 @@ SCORE_LINE = (
     "score: FD {fd:.1f} (floor {floor:.1f}) - digits {digits}/10 - evenness {evenness:.2f}"
     " - confident {confident:.2f}"
 )
-SCORER = BUNDLED / "scorer.pt"  # made by MNIST/make_scorer.py; figures of another cannot compare
-SCORER_SHA256 = "d6fc2b59b18e60fd371ebf2ca825406409d580257a808172c573227077a979de"
+SCORER = BUNDLED / "scorer.pt"  # made by MNIST/make_scorer.py
+# the figures of another judge could not be compared
+SCORER_SHA256 = "d782c3e5e0288462ac378926cc78c83b3790ca0ea3258a17bbd15e39732642f4"
 SPLIT_OF_DIGITS = {  # by sha256_of all its digits
     "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757": "train",
     "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161": "test",
@@ -753,7 +755,7 @@ def read_scorer() -> dict:
     except OSError as error:
         raise Failure(f"cannot read {SCORER} ({error.strerror})") from error
     if hashlib.sha256(content).hexdigest() != SCORER_SHA256:
-        raise Failure(f"{SCORER} is not the scorer of this program, so figures could not compare")
+        raise Failure(f"{SCORER} is not the shipped one, and the figures of another do not compare")
     return torch.load(io.BytesIO(content), weights_only=True)  # runs no code
 
 
@@ -796,22 +798,30 @@ class Scorer:
     def evaluate(self, digits: Tensor) -> dict[str, float]:
         """Return the SCORES of digits, and density, coverage and copies.
 
-        These three compare with 10,000 bundled digits of each split. Raises Failure without them.
+        These three compare with 10,000 bundled digits of each split. Raises Failure if the bundled
+        digits are not those of MNIST.
         """
         features, probabilities = self.classifier.judge(digits)
-        seen, unseen = (
-            self.classifier.judge(sample(load_digits(BUNDLED, split)[0], 10_000))[0]
-            for split in (self.seen, self.unseen)
-        )
+        seen = self.classifier.judge(some(bundled_digits(self.seen), EVALUATED))[0]
+        unseen = self.classifier.judge(some(bundled_digits(self.unseen), EVALUATED))[0]
         density, coverage = density_and_coverage(features, unseen)
         copies = share_of_copies(features, seen, unseen)
         scores = self.scores(features, probabilities)
         return {**scores, "density": density, "coverage": coverage, "copies": copies}
 
 
-def sample(digits: Tensor, count: int) -> Tensor:
-    """Return ``count`` of the digits (n, ...), drawn at random, and the same ones every time."""
-    return digits[order_of_epoch(digits, seed=0, epoch=1)[:count]]
+def bundled_digits(split: str) -> Tensor:
+    """Return MNIST's digits (n, 28, 28) of uint8. Raises Failure if others are in their place."""
+    digits = load_digits(BUNDLED, split)[0]
+    if SPLIT_OF_DIGITS.get(sha256_of(digits)) != split:
+        raise Failure(f"the digits in {BUNDLED} are not MNIST's {split} split, which scores need")
+    return digits
+
+
+def some(digits: Tensor, count: int) -> Tensor:
+    """Return ``count`` of the digits (n, ...), chosen at random, but the same ones every time."""
+    order = torch.randperm(len(digits), generator=random_stream(seed=0, stream=0))
+    return digits[order[:count]]
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -838,10 +848,10 @@ def density_and_coverage(drawn: Tensor, real: Tensor) -> tuple[float, float]:
     """Return how good drawn digits are, and how much of the variety of real ones they have.
 
     ``drawn`` (n, d) and ``real`` (m, d) are features. A real digit's neighbourhood reaches to its
-    fifth neighbour among the real ones. Density is the mean number of neighbourhoods that a drawn
-    digit lies in, divided by five: about 1 for real digits, more for digits that are all alike.
-    Coverage is the share of neighbourhoods with a drawn digit in them. After Naeem et al. (2020),
-    arXiv:2002.09797.
+    fifth nearest neighbour among the real ones. Density is the mean number of neighbourhoods that a
+    drawn digit lies in, divided by five: about 1 for real digits, more for digits that are all
+    alike. Coverage is the share of neighbourhoods with a drawn digit in them. After Naeem et al.
+    (2020), arXiv:2002.09797.
     """
     radii = []
     for part in real.split(500):  # a few at a time, for little memory
@@ -857,9 +867,10 @@ def density_and_coverage(drawn: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def share_of_copies(drawn: Tensor, seen: Tensor, unseen: Tensor) -> float:
-    """Return the share of drawn digits to which one that training saw is nearer than all others.
+    """Return the share of drawn digits that are nearer to a seen digit than to any unseen one.
 
-    All are features, (n, d) and twice (m, d). It is 0.5 if nothing is copied, and 1 for copies.
+    All are features, (n, d) and twice (m, d), of as many digits that training saw as it did not.
+    The share is about 0.5 if nothing is copied, and 1 if all are copies of those given.
     """
     copies = 0
     for part in drawn.split(500):
@@ -872,17 +883,18 @@ def share_of_copies(drawn: Tensor, seen: Tensor, unseen: Tensor) -> float:
 def signs_of_collapse(epoch: dict[str, Tensor], before: dict[str, Tensor]) -> list[str]:
     """List the signs of a collapse in the figures of an epoch's steps, each (steps,) by its name.
 
-    ``before`` has the figures of all earlier steps: only what was better before can collapse.
+    ``before`` has the figures of all earlier steps. A score is bad only beside a better one there.
     """
     signs = []
     if epoch["ds_loss"].max() < 0.05:
         signs.append("ds_loss stayed under 0.05")
-    if len(before["fd"]) > 0:
+    scored = before["fd"].isfinite()  # an epoch without scores has NaN
+    if scored.any():
         digits = epoch["digits"][0]
-        most = before["digits"].max()
+        most = before["digits"][scored].max()
         if digits <= most - 3:
             signs.append(f"digits fell from {most:.0f} to {digits:.0f}")
-        if epoch["fd"][0] > 2 * before["fd"].min():
+        if epoch["fd"][0] > 2 * before["fd"][scored].min():
             signs.append("FD is more than twice its best")
     return signs
 
@@ -1239,7 +1251,7 @@ def train(
             done = f"{folder.path} already holds epoch {run.gan.epoch}"
             print(f"{done}; to go on, give a larger --epochs")
             return
-        scorer = make_scorer(run.digits_sha256, device)
+        scorer = find_scorer(run.digits_sha256, device)
         if checkpoint is None:  # last, for it moves an earlier run away
             folder.begin(settings.dry_run)
         announce(settings, device, len(digits))
@@ -1296,7 +1308,7 @@ def check_batches(batch_size: int, count: int, processes: int) -> None:
         raise WrongInput(f"argument --batch-size: {processes} processes cannot share every batch")
 
 
-def make_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
+def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
     """Return the scorer of a run on these digits, or None, and print which."""
     seen = SPLIT_OF_DIGITS.get(digits_sha256)
     if seen is None:
@@ -1417,7 +1429,7 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
         if seen is None:
             others = f"the run in {folder.path} was trained on other digits than those of MNIST"
             raise WrongInput(f"argument --evaluate: {others}, for which there is no score")
-        z = drawing_noise(10_000, options)
+        z = drawing_noise(EVALUATED, options)
         digits = draw(generator, z, checkpoint["settings"].precision)
         source = {
             "of": str(generator_file(options, folder)),
@@ -1436,6 +1448,7 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
     model = f"{len(digits):,} digits of a model that has seen MNIST's {seen} split"
     print(f"{model}, compared with its {scorer.unseen} split")
     print(score_table(scores, floor))
+    print("copies: about 0.5 if nothing is copied, 1 for copies")
     report = {
         **scores,
         "floor": floor,
@@ -1448,7 +1461,7 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
     with folder.writing(SCORE) as file:
         file.write(json.dumps(report, indent=1).encode())
     with folder.writing(NEAREST) as file:
-        nearest(digits, load_digits(BUNDLED, seen)[0]).save(file, "PNG")
+        nearest(digits, bundled_digits(seen)).save(file, "PNG")
 
 
 def score_table(scores: dict[str, float], floor: dict[str, float]) -> str:
@@ -1480,7 +1493,8 @@ def read_digits(path: Path) -> Tensor:
     try:
         digits = torch.from_numpy(np.load(path, allow_pickle=False))
         if digits.dtype != torch.uint8 or digits.shape[1:] != (28, 28) or len(digits) < 2:
-            raise ValueError(f"it holds {digits.dtype} of shape {tuple(digits.shape)}")
+            found = f"{digits.dtype} of shape {tuple(digits.shape)}"
+            raise ValueError(f"it holds {found}, not uint8 of shape (n, 28, 28) with n from 2 on")
         return digits
     except Exception as error:  # whatever numpy finds wrong with it
         raise WrongInput(f"argument --evaluate: {path}: {error}") from error
@@ -1623,7 +1637,7 @@ def add_drawing_flags(group: _ArgumentGroup) -> None:
         "--digit",
         type=number_between(int, 0, 9),
         metavar="D",
-        help="with --generate N: only digits D, of which the scorer is 90% sure (default: all ten)",
+        help="with --generate N: draw only the digit D, from 0 to 9 (default: all ten)",
     )
     group.add_argument(
         "--interpolate",

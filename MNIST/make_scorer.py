@@ -7,12 +7,14 @@ only tell how well. Its file also holds the means and covariances of both splits
 which drawn digits are compared, and the scores that real digits get.
 
 One thread computes all, so that the number of cores makes no difference: on machines of the same
-kind the same seed gives the same classifier. The program takes only the one classifier whose
-SHA-256 it knows, for figures of another one could not be compared.
+kind the same seed gives the same classifier. dcgan_mnist.py takes only the file whose SHA-256 it
+knows, for figures of another judge could not be compared; to ship a new one, change SCORER_SHA256
+there to what this program prints.
 """
 
 import argparse
 import hashlib
+import io
 import sys
 from pathlib import Path
 
@@ -24,27 +26,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dcgan_mnist import (
     BUNDLED,
+    EVALUATED,
+    SCORED,
     Classifier,
     Scorer,
     load_digits,
     moments,
     order_of_epoch,
     random_stream,
-    sample,
     seeded,
+    some,
     to_images,
 )
 
 EPOCHS = 15
 BATCH_SIZE = 100
-LARGEST_RATE = 0.01  # in the first third of training; from there it falls to zero
+LARGEST_RATE = 0.01  # reached after three tenths of training; then it falls to almost zero
 SHIFTS = 2  # pixels to each side
-SPLITS = ("train", "test")
-COUNTS = (2000, 10_000)  # numbers of digits that the program scores
 
 
 def train(digits: Tensor, labels: Tensor, seed: int) -> Classifier:
-    """Train a classifier on digits (n, 28, 28) of uint8, a batch shifted a little at a time."""
+    """Train a classifier on digits (n, 28, 28) of uint8, each batch shifted by a pixel or two."""
     with seeded(seed):
         classifier = Classifier()
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
@@ -74,27 +76,28 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    digits, labels = load_digits(BUNDLED, "train")
-    classifier = train(digits, labels, options.seed)
-    digits, labels = load_digits(BUNDLED, "test")
-    right = classifier.judge(digits)[1].argmax(dim=1) == labels
+    digits = {}
+    labels = {}
+    for split in ("train", "test"):
+        digits[split], labels[split] = load_digits(BUNDLED, split)
+    classifier = train(digits["train"], labels["train"], options.seed)
+    right = classifier.judge(digits["test"])[1].argmax(dim=1) == labels["test"]
     content = {
         "classifier": classifier.state_dict(),
         "accuracy": right.double().mean().item(),  # of the test split
-        "moments": {},
-        "floors": {split: {} for split in SPLITS},  # by the split seen and the number of digits
+        "moments": {name: moments(classifier.judge(part)[0]) for name, part in digits.items()},
+        "floors": {"train": {}, "test": {}},  # by the split seen, and then the number of digits
     }
-    for split in SPLITS:
-        features = classifier.judge(load_digits(BUNDLED, split)[0])[0]
-        content["moments"][split] = moments(features)
-    for split in SPLITS:
+    for split in digits:
         scorer = Scorer(content, split, torch.device("cpu"))
-        for count in COUNTS:
-            real = sample(load_digits(BUNDLED, split)[0], count)
-            content["floors"][split][count] = scorer.evaluate(real)
-            print(f"{count} real digits of the {split} split: {content['floors'][split][count]}")
-    torch.save(content, options.output)
-    checksum = hashlib.sha256(options.output.read_bytes()).hexdigest()
+        for count in (SCORED, EVALUATED):
+            floor = scorer.evaluate(some(digits[split], count))
+            content["floors"][split][count] = floor
+            print(f"{count} real digits of the {split} split: {floor}")
+    buffer = io.BytesIO()  # for torch.save writes the name of a file into it
+    torch.save(content, buffer)
+    options.output.write_bytes(buffer.getvalue())
+    checksum = hashlib.sha256(buffer.getvalue()).hexdigest()
     print(f"{content['accuracy']:.2%} of the test split are recognised")
     print(f'SCORER_SHA256 = "{checksum}"')
 

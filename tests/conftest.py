@@ -86,6 +86,5 @@ def fake_scores(
 def mean_scorer(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the program take the data_dir fixture's digits for MNIST's, and use a MeanScorer."""
     digits = dcgan_mnist.load_digits(data_dir, "test")[0]
-    known = {dcgan_mnist.sha256_of(digits): "test"}
-    monkeypatch.setattr(dcgan_mnist, "SPLIT_OF_DIGITS", known)
+    monkeypatch.setitem(dcgan_mnist.SPLIT_OF_DIGITS, dcgan_mnist.sha256_of(digits), "test")
     monkeypatch.setattr(dcgan_mnist, "Scorer", MeanScorer)

@@ -286,7 +286,7 @@ def raise_sigint(*_: object) -> None:
 
 
 @pytest.mark.usefixtures("mean_scorer")
-@pytest.mark.parametrize("name", ["load_digits", "make_scorer", "announce"])
+@pytest.mark.parametrize("name", ["load_digits", "find_scorer", "announce"])
 def test_ctrl_c_before_training_ends_with_one_line(run, monkeypatch, name: str):
     monkeypatch.setattr(dcgan_mnist, name, raise_sigint)
     outcome = run()
@@ -419,7 +419,7 @@ def run_and_die(folder: Path, argv: list[str], line: int) -> None:
         return trace
 
     dcgan_mnist.curves = grey_curves
-    dcgan_mnist.make_scorer = lambda *_: MeanScorer({}, "test", torch.device("cpu"))
+    dcgan_mnist.find_scorer = lambda *_: MeanScorer({}, "test", torch.device("cpu"))
     dcgan_mnist.SCORED = 100
     sys.settrace(trace)
     try:
@@ -777,7 +777,7 @@ def test_a_run_on_other_digits_is_not_scored(run, data_dir: Path, best: list[str
 
 
 def test_evaluate_scores_real_digits_as_well_as_their_floor(run, tmp_path: Path):
-    digits = dcgan_mnist.sample(dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0], 2000)
+    digits = dcgan_mnist.some(dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0], 2000)
     np.save(tmp_path / "real.npy", digits.numpy())
     outcome = run("--evaluate", tmp_path / "real.npy", "--output-dir", "new/folder")
     assert (outcome.code, outcome.err) == (0, "")

@@ -94,8 +94,8 @@ def test_any_command_line_succeeds_or_ends_with_one_line(
 ):
     monkeypatch.setattr(dcgan_mnist, "SAMPLES", 10)
     monkeypatch.chdir(tmp_path)
-    known = {dcgan_mnist.sha256_of(write_split(Path("data"), 50)): "test"}
-    monkeypatch.setattr(dcgan_mnist, "SPLIT_OF_DIGITS", known)
+    digits = write_split(Path("data"), 50)
+    monkeypatch.setitem(dcgan_mnist.SPLIT_OF_DIGITS, dcgan_mnist.sha256_of(digits), "test")
     start = ["--device", "cpu", "--data-dir", "data", "--epochs", "1"]
     dcgan_mnist.main([*start, "--output-dir", "run"])
     codes = Counter()

@@ -1,5 +1,7 @@
 """The scores: the distances, the shipped scorer, what a run makes of its scores, and warnings."""
 
+import copy
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -19,6 +21,7 @@ from helpers import (
     change_steps,
     contents,
     write_idx,
+    write_split,
 )
 
 import dcgan_mnist
@@ -32,9 +35,9 @@ from dcgan_mnist import (
     load_digits,
     moments,
     read_scorer,
-    sample,
     share_of_copies,
     signs_of_collapse,
+    some,
 )
 
 SCORE_LINE = re.compile(
@@ -138,7 +141,7 @@ def classifier() -> Classifier:
 def judged(classifier: Classifier) -> Judged:
     """What it makes of 10,000 digits of each split: features (n, 64), probabilities (n, 10)."""
     return {
-        split: classifier.judge(sample(load_digits(BUNDLED, split)[0], 10_000))
+        split: classifier.judge(some(load_digits(BUNDLED, split)[0], 10_000))
         for split in ("train", "test")
     }
 
@@ -150,7 +153,7 @@ def test_the_shipped_file_is_small_and_the_one_that_the_program_knows():
 
 
 def test_the_scorer_recognises_the_digits_that_it_has_not_seen(judged: Judged):
-    labels = sample(load_digits(BUNDLED, "test")[1], 10_000)
+    labels = some(load_digits(BUNDLED, "test")[1], 10_000)
     accuracy = (judged["test"][1].argmax(dim=1) == labels).double().mean().item()
     assert accuracy >= 0.994
     assert accuracy == pytest.approx(read_scorer()["accuracy"], abs=3e-4)
@@ -196,7 +199,7 @@ def test_a_missing_digit_costs_many_times_the_floor(judged: Judged, seen: str):
 
 def test_the_distance_grows_with_noise(classifier: Classifier):
     scorer = Scorer(read_scorer(), "test", CPU)
-    digits = sample(load_digits(BUNDLED, "test")[0], 2000)
+    digits = some(load_digits(BUNDLED, "test")[0], 2000)
     distances = [scorer.floors[2000]["fd"]]
     stream = torch.Generator().manual_seed(0)
     for level in (16, 32, 64):  # grey levels
@@ -217,7 +220,7 @@ def test_one_digit_alone_scores_badly(judged: Judged):
 
 def test_digits_blended_with_others_are_not_recognised_with_confidence():
     scorer = Scorer(read_scorer(), "test", CPU)
-    digits = sample(load_digits(BUNDLED, "test")[0], 1000)
+    digits = some(load_digits(BUNDLED, "test")[0], 1000)
     blends = digits[:500] // 2 + digits[500:] // 2
     assert scorer(blends)["confident"] < 0.8
 
@@ -225,7 +228,7 @@ def test_digits_blended_with_others_are_not_recognised_with_confidence():
 def test_copies_of_what_training_saw_are_found_out_also_shifted(
     classifier: Classifier, judged: Judged
 ):
-    seen = sample(load_digits(BUNDLED, "test")[0], 10_000)
+    seen = some(load_digits(BUNDLED, "test")[0], 10_000)
     shifted = classifier.judge(seen[:2000].roll(1, dims=2))[0]
     features = {split: judged[split][0] for split in judged}
     assert share_of_copies(features["test"][:2000], features["test"], features["train"]) == 1.0
@@ -235,6 +238,15 @@ def test_copies_of_what_training_saw_are_found_out_also_shifted(
     known = torch.cdist(new, features["train"]).amin(dim=1) < 0.1  # among the 10,000
     share = share_of_copies(new[~known], features["test"], features["train"])
     assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_other_digits_in_the_place_of_the_bundled_ones_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_split(tmp_path, 60)
+    monkeypatch.setattr(dcgan_mnist, "BUNDLED", tmp_path)
+    with pytest.raises(dcgan_mnist.Failure, match="not MNIST's test split"):
+        dcgan_mnist.bundled_digits("test")
 
 
 def test_a_digit_appears_from_two_in_a_hundred_on():
@@ -272,9 +284,9 @@ def maker(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return digits[: counts[split]], labels[: counts[split]]
 
     monkeypatch.setattr(module, "load_digits", few)
-    monkeypatch.setattr(dcgan_mnist, "load_digits", few)
+    monkeypatch.setattr(dcgan_mnist, "bundled_digits", lambda split: few(BUNDLED, split)[0])
     monkeypatch.setattr(module, "EPOCHS", 1)
-    monkeypatch.setattr(module, "COUNTS", (50, 100))
+    monkeypatch.setattr(module, "SCORED", 50)
     return module
 
 
@@ -301,7 +313,7 @@ def test_the_maker_writes_what_the_program_reads(
     assert content.keys() == shipped.keys()
     for seen in ("train", "test"):
         scorer = Scorer(read_scorer(), seen, CPU)
-        real = sample(dcgan_mnist.load_digits(BUNDLED, seen)[0], 50)
+        real = some(dcgan_mnist.bundled_digits(seen), 50)
         assert scorer.evaluate(real) == scorer.floors[50]
 
 
@@ -416,31 +428,37 @@ def figures(ds_loss: list[float], fd: float = 20.0, digits: float = 10) -> dict[
 
 NOTHING = {name: torch.empty(0) for name in ("ds_loss", "fd", "digits")}
 NONE = math.nan  # a run without scores
+UNSCORED_THEN_SCORED = {
+    name: torch.cat([figures([0.6], NONE, NONE)[name], figures([0.6])[name]]) for name in NOTHING
+}
 
 
 @pytest.mark.parametrize(
     ("epoch", "before", "signs"),
     [
         (figures([0.6], 900, 1), NOTHING, []),
-        (figures([0.6], 900, 1), figures([0.6], 300, 7), []),
+        (figures([0.6], 900, 1), figures([0.6], 900, 3), []),
+        (figures([0.6], 300, 7), figures([0.6], 900, 9), []),
         (figures([0.01, 0.6, 0.01]), figures([0.6]), []),
         (figures([0.01, 0.051]), figures([0.6]), []),
-        (figures([0.6], 39.9, 8), figures([0.6]), []),
+        (figures([0.6], 39.9), figures([0.6], 20), []),
         (figures([0.6], NONE, NONE), figures([0.6], NONE, NONE), []),
+        (figures([0.6], 900, 1), figures([0.6], NONE, NONE), []),
+        (figures([0.6], 20, 1), UNSCORED_THEN_SCORED, ["digits fell from 10 to 1"]),
         (figures([0.049, 0.01]), figures([0.6]), ["ds_loss stayed under 0.05"]),
         (
             figures([0.01], NONE, NONE),
             figures([0.6], NONE, NONE),
             ["ds_loss stayed under 0.05"],
         ),
-        (figures([0.6], 20, 7), figures([0.6], 20, 8), ["only 7 of the ten digits still appear"]),
-        (figures([0.6], 40.1), figures([0.6]), ["FD is more than twice its best"]),
+        (figures([0.6], 20, 7), figures([0.6], 20, 10), ["digits fell from 10 to 7"]),
+        (figures([0.6], 40.1), figures([0.6], 20), ["FD is more than twice its best"]),
         (
             figures([0.01], 100, 1),
-            figures([0.6]),
+            figures([0.6], 20, 9),
             [
                 "ds_loss stayed under 0.05",
-                "only 1 of the ten digits still appear",
+                "digits fell from 9 to 1",
                 "FD is more than twice its best",
             ],
         ),
@@ -456,17 +474,45 @@ def test_a_run_warns_of_epochs_that_look_like_a_collapse_and_of_no_other(run, fa
     fake_scores([900.0, 200.0, 20.0, 39.0, 10.0, 10.0, 20.1, 30.0], [1, 3, 10, 8, 9, 7, 10, 1])
     outcome = run(*THREE_STEPS, "--epochs", 8)
     worse = "FD is more than twice its best"
-    both = f"only 1 of the ten digits still appear and {worse}"
-    signs = ["only 7 of the ten digits still appear", worse, both]
+    signs = ["digits fell from 10 to 7", worse, f"digits fell from 10 to 1 and {worse}"]
     hint = "README.md says what to do"
     assert outcome.warnings() == [f"warning: {sign}; {hint}" for sign in signs]
+
+
+def go_on(run: dcgan_mnist.Run, epochs: int, lr_g: float, lr_d: float) -> None:
+    """Train a run for some more epochs with other learning rates, and score each."""
+    run.gan.optimizer_g.param_groups[0]["lr"] = lr_g
+    run.gan.optimizer_d.param_groups[0]["lr"] = lr_d
+    digits = load_digits(BUNDLED, "test")[0][:2000]
+    step = functools.partial(dcgan_mnist.training_step, run.gan)
+    scorer = Scorer(read_scorer(), "test", CPU)
+    for stats in dcgan_mnist.train_epochs(run.gan, step, digits, run.gan.epoch + epochs, 1000):
+        run.end_epoch(stats, scorer)
+
+
+def test_real_collapses_are_warned_of_and_the_healthy_run_before_them_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(dcgan_mnist, "WIDTH", 8)
+    settings = dcgan_mnist.Settings(beta2=0.99, ema=0.9, seed=1)
+    digits = load_digits(BUNDLED, "test")[0][:2000]
+    healthy = dcgan_mnist.Run(dcgan_mnist.DCGAN(settings, CPU), digits)
+    go_on(healthy, 3, lr_g=0.03, lr_d=0.03)
+    assert "warning" not in capsys.readouterr().out
+    diverging = copy.deepcopy(healthy)
+    go_on(diverging, 1, lr_g=1.0, lr_d=1.0)
+    warnings = capsys.readouterr().out
+    assert "digits fell from " in warnings
+    assert "FD is more than twice its best" in warnings
+    go_on(healthy, 2, lr_g=0.0001, lr_d=0.05)  # the discriminator gets overpowered
+    assert "ds_loss stayed under 0.05" in capsys.readouterr().out
 
 
 def test_a_collapse_is_also_seen_by_a_resumed_run(run, fake_scores):
     fake_scores([20.0], [10])
     run(*THREE_STEPS, "--epochs", 1)
     fake_scores([20.0], [2])
-    assert "only 2 of the ten digits" in run("--resume", "--epochs", 2).warnings()[0]
+    assert "digits fell from 10 to 2" in run("--resume", "--epochs", 2).warnings()[0]
 
 
 def test_a_discriminator_that_has_won_is_warned_of_also_without_scores(
