@@ -785,7 +785,7 @@ def test_evaluate_scores_real_digits_as_well_as_their_floor(run, tmp_path: Path)
     assert of_file["count"] == 2000
     for name, floor in of_file["floor"].items():
         assert of_file[name] == pytest.approx(floor, rel=0.02)
-    rows = {line.split()[0]: line.split()[1:] for line in outcome.out.splitlines()[2:-1]}
+    rows = {line.split()[0]: line.split()[1:] for line in outcome.out.splitlines()[2:-2]}
     assert list(rows) == [*dcgan_mnist.SCORES, *DEPTH]
     assert rows["digits"] == ["10", "10"]
     assert set(contents("new/folder")) == {"score.json", "nearest.png"}
