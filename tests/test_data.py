@@ -41,6 +41,7 @@ DAMAGED = {  # which of the data_dir fixture's files, and what becomes of its by
         lambda whole: whole[:8] + bytes([0, 0, 0, 32, 0, 0, 0, 32]) + bytes(60 * 32 * 32),
     ),
     "labels for images": (IMAGES, lambda _: bytes([0, 0, 8, 1, 0, 0, 0, 60]) + bytes(60)),
+    "signed bytes": (IMAGES, lambda whole: whole[:2] + bytes([9]) + whole[3:]),
     "59 labels": (LABELS, lambda whole: whole[:7] + bytes([59]) + whole[8:-1]),
     "text": (LABELS, lambda _: b"<html>403 Forbidden</html>"),
 }
