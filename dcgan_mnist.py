@@ -224,10 +224,11 @@ def download_digits(names: tuple[str, str], folder: Path) -> None:
     """Download a split's two files, gzipped, into a folder. Raises Failure."""
     from torchvision.datasets import MNIST  # here and not above, for it takes a while
 
+    wanted = [source for source in MNIST.resources if source[0].removesuffix(".gz") in names]
     with TemporaryDirectory() as temporary:
 
         class OneSplit(MNIST):  # which wants the files of both splits, this one only those named
-            resources = [r for r in MNIST.resources if r[0].removesuffix(".gz") in names]  # noqa: RUF012
+            resources = wanted
             raw_folder = temporary
 
         try:
@@ -245,6 +246,20 @@ def download_digits(names: tuple[str, str], folder: Path) -> None:
 def sha256_of(digits: Tensor) -> str:
     """Return the check sum that tells digits (n, 28, 28) of uint8 from others, in hexadecimal."""
     return hashlib.sha256(digits.cpu().contiguous().numpy()).hexdigest()
+
+
+SPLIT_OF_DIGITS = {  # MNIST's splits by sha256_of all its digits
+    "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757": "train",
+    "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161": "test",
+}
+
+
+def bundled_digits(split: str) -> Tensor:
+    """Return MNIST's digits (n, 28, 28) of uint8. Raises Failure if others are in their place."""
+    digits = load_digits(BUNDLED, split)[0]
+    if SPLIT_OF_DIGITS.get(sha256_of(digits)) != split:
+        raise Failure(f"the digits in {BUNDLED} are not MNIST's {split} split, which scores need")
+    return digits
 
 
 def to_images(digits: Tensor) -> Tensor:
@@ -697,10 +712,6 @@ SCORE_LINE = (
 SCORER = BUNDLED / "scorer.pt"  # made by MNIST/make_scorer.py
 # the figures of another judge could not be compared
 SCORER_SHA256 = "d782c3e5e0288462ac378926cc78c83b3790ca0ea3258a17bbd15e39732642f4"
-SPLIT_OF_DIGITS = {  # by sha256_of all its digits
-    "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757": "train",
-    "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161": "test",
-}
 UNSEEN = {"train": "test", "test": "train"}  # what a run on a split is compared with
 NEIGHBOURS = 5  # of a real digit that bound its neighbourhood, as in Naeem et al.
 
@@ -776,7 +787,6 @@ class Scorer:
 
     def __init__(self, content: dict, seen: str, device: torch.device) -> None:
         self.classifier = load_classifier(content, device)
-        self.seen = seen
         self.unseen = UNSEEN[seen]
         self.reference = content["moments"][self.unseen]
         self.floors = content["floors"][seen]
@@ -795,27 +805,18 @@ class Scorer:
             "confident": (probabilities.amax(dim=1) > 0.9).float().mean().item(),
         }
 
-    def evaluate(self, digits: Tensor) -> dict[str, float]:
+    def evaluate(self, digits: Tensor, seen: Tensor, unseen: Tensor) -> dict[str, float]:
         """Return the SCORES of digits, and density, coverage and copies.
 
-        These three compare with 10,000 bundled digits of each split. Raises Failure if the bundled
-        digits are not those of MNIST.
+        These three compare with 10,000 of the digits of each split, ``seen`` and ``unseen``.
         """
         features, probabilities = self.classifier.judge(digits)
-        seen = self.classifier.judge(some(bundled_digits(self.seen), EVALUATED))[0]
-        unseen = self.classifier.judge(some(bundled_digits(self.unseen), EVALUATED))[0]
-        density, coverage = density_and_coverage(features, unseen)
-        copies = share_of_copies(features, seen, unseen)
+        seen_features = self.classifier.judge(some(seen, EVALUATED))[0]
+        unseen_features = self.classifier.judge(some(unseen, EVALUATED))[0]
+        density, coverage = density_and_coverage(features, unseen_features)
+        copies = share_of_copies(features, seen_features, unseen_features)
         scores = self.scores(features, probabilities)
         return {**scores, "density": density, "coverage": coverage, "copies": copies}
-
-
-def bundled_digits(split: str) -> Tensor:
-    """Return MNIST's digits (n, 28, 28) of uint8. Raises Failure if others are in their place."""
-    digits = load_digits(BUNDLED, split)[0]
-    if SPLIT_OF_DIGITS.get(sha256_of(digits)) != split:
-        raise Failure(f"the digits in {BUNDLED} are not MNIST's {split} split, which scores need")
-    return digits
 
 
 def some(digits: Tensor, count: int) -> Tensor:
@@ -1424,7 +1425,8 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
     """Score 10,000 digits of a trained generator, or those in a file."""
     content = read_scorer()
     if options.evaluate is THE_RUN:
-        generator, checkpoint = read_generator(generator_file(options, folder), device)
+        path = generator_file(options, folder)
+        generator, checkpoint = read_generator(path, device)
         seen = SPLIT_OF_DIGITS.get(checkpoint["digits_sha256"])
         if seen is None:
             others = f"the run in {folder.path} was trained on other digits than those of MNIST"
@@ -1432,7 +1434,7 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
         z = drawing_noise(EVALUATED, options)
         digits = draw(generator, z, checkpoint["settings"].precision)
         source = {
-            "of": str(generator_file(options, folder)),
+            "of": str(path),
             "epoch": checkpoint["epoch"],
             **checkpoint["made_with"],
             "settings": dataclasses.asdict(checkpoint["settings"]),
@@ -1443,7 +1445,8 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
         source = {"of": str(options.evaluate)}
     folder.make()
     scorer = Scorer(content, seen, device)
-    scores = scorer.evaluate(digits)
+    real = bundled_digits(seen)
+    scores = scorer.evaluate(digits, real, bundled_digits(scorer.unseen))
     floor = scorer.floors.get(len(digits), {})
     model = f"{len(digits):,} digits of a model that has seen MNIST's {seen} split"
     print(f"{model}, compared with its {scorer.unseen} split")
@@ -1461,7 +1464,7 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
     with folder.writing(SCORE) as file:
         file.write(json.dumps(report, indent=1).encode())
     with folder.writing(NEAREST) as file:
-        nearest(digits, bundled_digits(seen)).save(file, "PNG")
+        nearest(digits, real).save(file, "PNG")
 
 
 def score_table(scores: dict[str, float], floor: dict[str, float]) -> str:

@@ -81,17 +81,19 @@ def main() -> None:
     for split in ("train", "test"):
         digits[split], labels[split] = load_digits(BUNDLED, split)
     classifier = train(digits["train"], labels["train"], options.seed)
-    right = classifier.judge(digits["test"])[1].argmax(dim=1) == labels["test"]
+    judged = {split: classifier.judge(digits[split]) for split in digits}
+    right = judged["test"][1].argmax(dim=1) == labels["test"]
     content = {
         "classifier": classifier.state_dict(),
         "accuracy": right.double().mean().item(),  # of the test split
-        "moments": {name: moments(classifier.judge(part)[0]) for name, part in digits.items()},
+        "moments": {split: moments(features) for split, (features, _) in judged.items()},
         "floors": {"train": {}, "test": {}},  # by the split seen, and then the number of digits
     }
     for split in digits:
         scorer = Scorer(content, split, torch.device("cpu"))
         for count in (SCORED, EVALUATED):
-            floor = scorer.evaluate(some(digits[split], count))
+            real = some(digits[split], count)
+            floor = scorer.evaluate(real, digits[split], digits[scorer.unseen])
             content["floors"][split][count] = floor
             print(f"{count} real digits of the {split} split: {floor}")
     buffer = io.BytesIO()  # for torch.save writes the name of a file into it

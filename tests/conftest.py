@@ -83,8 +83,13 @@ def fake_scores(
 
 
 @pytest.fixture
-def mean_scorer(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program take the data_dir fixture's digits for MNIST's, and use a MeanScorer."""
+def known_digits(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program take the data_dir fixture's digits for MNIST's test split."""
     digits = dcgan_mnist.load_digits(data_dir, "test")[0]
     monkeypatch.setitem(dcgan_mnist.SPLIT_OF_DIGITS, dcgan_mnist.sha256_of(digits), "test")
+
+
+@pytest.fixture
+def mean_scorer(known_digits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program take the data_dir fixture's digits for MNIST's, and use a MeanScorer."""
     monkeypatch.setattr(dcgan_mnist, "Scorer", MeanScorer)

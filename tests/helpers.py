@@ -110,13 +110,13 @@ class MeanScorer:
 
     def __init__(self, content: object, seen: str, device: torch.device) -> None:
         self.unseen = dcgan_mnist.UNSEEN[seen]
-        floor = dict.fromkeys(("fd", "digits", "evenness", "confident", *DEPTH), 1.0)
+        floor = dict.fromkeys((*dcgan_mnist.SCORES, *DEPTH), 1.0)
         self.floors = dict.fromkeys((100, 10_000), floor)
 
     def __call__(self, digits: torch.Tensor) -> dict[str, float]:
         return {"fd": digits.float().mean().item(), "digits": 10, "evenness": 0.9, "confident": 0.5}
 
-    def evaluate(self, digits: torch.Tensor) -> dict[str, float]:
+    def evaluate(self, digits: torch.Tensor, *_: torch.Tensor) -> dict[str, float]:
         return self(digits) | dict.fromkeys(DEPTH, 0.7)
 
 

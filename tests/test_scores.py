@@ -284,7 +284,6 @@ def maker(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return digits[: counts[split]], labels[: counts[split]]
 
     monkeypatch.setattr(module, "load_digits", few)
-    monkeypatch.setattr(dcgan_mnist, "bundled_digits", lambda split: few(BUNDLED, split)[0])
     monkeypatch.setattr(module, "EPOCHS", 1)
     monkeypatch.setattr(module, "SCORED", 50)
     return module
@@ -313,8 +312,10 @@ def test_the_maker_writes_what_the_program_reads(
     assert content.keys() == shipped.keys()
     for seen in ("train", "test"):
         scorer = Scorer(read_scorer(), seen, CPU)
-        real = some(dcgan_mnist.bundled_digits(seen), 50)
-        assert scorer.evaluate(real) == scorer.floors[50]
+        digits = {split: maker.load_digits(BUNDLED, split)[0] for split in ("train", "test")}
+        real = some(digits[seen], 50)
+        expected = scorer.floors[50]
+        assert scorer.evaluate(real, digits[seen], digits[scorer.unseen]) == expected
 
 
 def test_the_same_seed_makes_the_same_scorer_and_another_seed_another(
@@ -397,11 +398,8 @@ def other_scorer(
     return str(path)
 
 
-def test_without_the_shipped_scorer_a_run_goes_without_scores(
-    run, other_scorer: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
-):
-    known = dcgan_mnist.sha256_of(load_digits(data_dir, "test")[0])
-    monkeypatch.setattr(dcgan_mnist, "SPLIT_OF_DIGITS", {known: "test"})
+@pytest.mark.usefixtures("known_digits")
+def test_without_the_shipped_scorer_a_run_goes_without_scores(run, other_scorer: str):
     assert other_scorer in without_scores(run, *THREE_STEPS)
 
 
