@@ -154,7 +154,7 @@ class Settings:
     lr: float = 0.0002  # learning rate of both networks; the paper's
     beta1: float = 0.5  # Adam's decay of the mean gradient; the paper found 0.9 to oscillate
     beta2: float = 0.999  # Adam's decay of the mean squared gradient
-    ema: float = 0.99  # decay of the average of the generator's weights, which draws; 0: no average
+    ema: float = 0.05  # share of all steps so far that the average of the generator's weights spans
     seed: int = 0  # where all random numbers start
     split: str = "test"  # MNIST's "test" split has 10,000 digits, its "train" split 60,000
     precision: str = "fp32"  # of the layers' arithmetic, or "bf16"; weights are always in fp32
@@ -331,6 +331,16 @@ class DCGAN:
         """Return a context for one call of a network, in the run's precision."""
         return autocast(self.device, self.settings.precision)
 
+    def update_average(self, steps: int) -> None:
+        """Bring the average of the generator's weights up to date after so many steps in all.
+
+        It is an exponential moving average that spans more steps the longer the run is: early
+        weights, which draw badly, are soon forgotten; late ones, which waver, are averaged.
+        """
+        span = max(self.settings.ema * steps, 1)  # with 1 it equals the generator
+        average = get_ema_multi_avg_fn(decay=1 - 1 / span)
+        average(list(self.average.parameters()), list(self.generator.parameters()), None)
+
     def fit_norm_statistics(self) -> None:
         """Give the averaged generator's BatchNorm layers the statistics of its own weights."""
         z = make_noise(NORM_SAMPLES, self.settings.seed, NORM_STATISTICS)
@@ -395,8 +405,6 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     gn_loss.backward()
     gan.optimizer_g.step()
 
-    update_average = get_ema_multi_avg_fn(gan.settings.ema)
-    update_average(list(gan.average.parameters()), list(gan.generator.parameters()), None)
     outputs = [logits.sigmoid().mean() for logits in (on_real, on_fake, on_fake_after)]
     return torch.stack([ds_loss, gn_loss, *outputs]).detach()
 
@@ -449,6 +457,7 @@ def train_epoch(gan: DCGAN, step: Step, digits: Tensor, title: str, log_every: i
         for i, index in enumerate(progress):
             z = torch.randn(len(index), LATENT_DIM, 1, 1, generator=noise, device=gan.device)
             stats[i] = step(to_images(digits[index]), z)
+            gan.update_average(gan.epoch * len(batches) + i + 1)
             logged = i % log_every == 0
             if logged or i + 1 == len(batches):  # only here the CPU waits for a GPU
                 check_finite(gan, stats[: i + 1], title)
@@ -508,6 +517,88 @@ def computing_on(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.deterministic = deterministic
+
+
+# On CPUs, a convolution without padding is faster as one product of two matrices: the patches that
+# its kernel sees, a row for each, and its weights.
+class Patches(torch.autograd.Function):
+    """Copy all patches (n, H, W, k, k, c) out of images (n, h, w, c), which they cover."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, kernel: int, stride: int) -> Tensor:
+        ctx.stride = stride
+        patches = images.unfold(1, kernel, stride).unfold(2, kernel, stride)  # (n, H, W, c, k, k)
+        return patches.permute(0, 1, 2, 4, 5, 3).contiguous()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return PatchSum.apply(gradient, ctx.stride), None, None
+
+
+class PatchSum(torch.autograd.Function):
+    """Add patches (n, H, W, k, k, c) up to images (n, h, w, c), each in its place."""
+
+    @staticmethod
+    def forward(ctx, patches: Tensor, stride: int) -> Tensor:
+        n, rows, columns, kernel, _, channels = patches.shape
+        ctx.kernel = kernel
+        ctx.stride = stride
+        height = (rows - 1) * stride + kernel
+        width = (columns - 1) * stride + kernel
+        images = patches.new_zeros(n, height, width, channels)
+        for y in range(kernel):
+            for x in range(kernel):
+                end_y = y + rows * stride
+                end_x = x + columns * stride
+                images[:, y:end_y:stride, x:end_x:stride] += patches[:, :, :, y, x]
+        return images
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return Patches.apply(gradient, ctx.kernel, ctx.stride), None
+
+
+class ProductConv2d(nn.Module):
+    """A Conv2d without padding, with the same parameters: (n, c, h, w) -> (n, c', H, W)."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.kernel = layer.kernel_size[0]
+        self.stride = layer.stride[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = Patches.apply(images.permute(0, 2, 3, 1), self.kernel, self.stride)
+        weights = self.weight.permute(0, 2, 3, 1)  # (c', k, k, c)
+        results = nn.functional.linear(patches.flatten(3), weights.flatten(1), self.bias)
+        return results.permute(0, 3, 1, 2)
+
+
+class ProductConvTranspose2d(nn.Module):
+    """The same of a ConvTranspose2d without padding: (n, c, h, w) -> (n, c', H, W)."""
+
+    def __init__(self, layer: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.stride = layer.stride[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        weights = self.weight.permute(0, 2, 3, 1)  # (c, k, k, c')
+        patches = images.permute(0, 2, 3, 1) @ weights.flatten(1)
+        results = PatchSum.apply(patches.unflatten(3, weights.shape[1:]), self.stride)
+        results = results + self.bias.to(results.dtype)
+        return results.permute(0, 3, 1, 2)
+
+
+def use_products(network: Generator | Discriminator) -> None:
+    """Let a network's convolutions without padding compute by products; its parameters stay."""
+    for i, layer in enumerate(network.layers):
+        if isinstance(layer, nn.Conv2d) and layer.padding == (0, 0):
+            network.layers[i] = ProductConv2d(layer)
+        elif isinstance(layer, nn.ConvTranspose2d) and layer.padding == (0, 0):
+            network.layers[i] = ProductConvTranspose2d(layer)
 
 
 class GraphedStep:
@@ -630,6 +721,9 @@ class SharedStep:
 
 def fastest_step(gan: DCGAN, processes: Processes) -> Step:
     """Return the fastest way to take a training step here."""
+    if gan.device.type == "cpu":
+        use_products(gan.generator)
+        use_products(gan.discriminator)
     if processes.count > 1:
         return SharedStep(gan, processes)
     if gan.device.type == "cuda":
@@ -913,7 +1007,7 @@ GENERATED_DIGITS = "generated.npy"
 INTERPOLATION = "interpolation.png"
 SCORE = "score.json"
 NEAREST = "nearest.png"
-FORMAT = 2  # of a checkpoint: one more whenever networks, figures or Run.checkpoint change
+FORMAT = 3  # of a checkpoint: one more whenever networks, figures or Run.checkpoint change
 
 
 def epoch_picture(epoch: int) -> str:
@@ -1558,9 +1652,9 @@ def add_training_flags(group: _ArgumentGroup) -> None:
     )
     group.add_argument(
         "--ema",
-        type=number_between(float, 0.0, 0.9999),
-        help="decay of the average of the generator's weights, which draws all digits; 0: no "
-        f"average (default: {Settings.ema})",
+        type=number_between(float, 0.0, 0.5),
+        help="share of all steps so far that the average of the generator's weights spans, which "
+        f"draws all digits; 0: no average (default: {Settings.ema})",
     )
     group.add_argument(
         "--seed",

@@ -38,7 +38,7 @@ RANGES = {
     "lr": ("1e-08", "1.0"),
     "beta1": ("0.0", "0.9999"),
     "beta2": ("0.0", "0.999999"),
-    "ema": ("0.0", "0.9999"),
+    "ema": ("0.0", "0.5"),
     "seed": ("0", "4294967295"),
     "log-every": ("1", "1000000"),
     "generate": ("1", "100000"),
@@ -75,7 +75,7 @@ def test_both_ends_of_a_range_are_in_it(name: str):
     ("argv", "words"),
     [
         (["--beta1", "1"], ["--beta1", "0.9999"]),
-        (["--ema", "1"], ["--ema", "0.9999"]),
+        (["--ema", "0.99"], ["--ema", "0.5"]),
         (["--epochs", "1.5"], ["--epochs", "whole number", "1.5"]),
         (["--split", "both"], ["--split", "both", "train"]),
         (["--device", "abacus"], ["--device", "abacus", "cpu"]),
@@ -190,7 +190,7 @@ class OtherSettings(Settings):
     lr: float = 0.125
     beta1: float = 0.25
     beta2: float = 0.75
-    ema: float = 0.5
+    ema: float = 0.25
     seed: int = 12
     split: str = "train"
 

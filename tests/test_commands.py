@@ -124,7 +124,7 @@ def test_a_recipe_is_kept_by_a_resumed_run(run):
         ("lr", 0.0002, 0.1),
         ("beta1", 0.5, 0.9),
         ("beta2", 0.999, 0.9),
-        ("ema", 0.99, 0.5),
+        ("ema", 0.05, 0.5),
         ("seed", 0, 1),
         ("recipe", "article", "tuned"),
         ("split", "test", "train"),

@@ -1,6 +1,7 @@
-"""The same step as a CUDA graph, and shared by several processes."""
+"""The same step with convolutions as products, as a CUDA graph, and shared by several processes."""
 
 import contextlib
+import copy
 import os
 import re
 import shutil
@@ -37,11 +38,81 @@ from dcgan_mnist import (
     SharedStep,
     Step,
     fastest_step,
+    random_stream,
     train_epochs,
     training_step,
 )
 
 pytestmark = pytest.mark.usefixtures("small_networks")
+
+
+# ------------------------------------ convolutions as products ------------------------------------
+INPUTS = {dcgan_mnist.Generator: (100, 1, 1), dcgan_mnist.Discriminator: (1, 28, 28)}
+
+
+def gradients(network: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Return what a network makes of its inputs, and the gradients of both of them and weights."""
+    inputs = inputs.clone().requires_grad_()
+    outputs = network.layers(inputs)
+    outputs.square().sum().backward()
+    return [outputs, inputs.grad, *(parameter.grad for parameter in network.parameters())]
+
+
+def plain_and_products(kind: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """Return two networks with the same weights, the second one with products."""
+    with dcgan_mnist.seeded(0):
+        plain = kind(width=4).apply(dcgan_mnist.weights_init)
+    plain.to(memory_format=torch.channels_last)
+    products = copy.deepcopy(plain)
+    dcgan_mnist.use_products(products)
+    return plain, products
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_products_give_what_convolutions_give(kind: type[nn.Module]):
+    plain, products = plain_and_products(kind)
+    inputs = torch.randn(3, *INPUTS[kind], generator=random_stream(seed=0, stream=0)).double()
+    for expected, found in zip(
+        gradients(plain.double(), inputs), gradients(products.double(), inputs), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_products_in_bf16_are_as_exact_as_convolutions_in_bf16(kind: type[nn.Module]):
+    plain, products = plain_and_products(kind)
+    inputs = torch.randn(20, *INPUTS[kind], generator=random_stream(seed=0, stream=0))
+    exact = gradients(copy.deepcopy(plain).double(), inputs.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        of_plain = gradients(plain, inputs)
+        of_products = gradients(products, inputs)
+    for value, a, b in zip(exact, of_plain, of_products, strict=True):
+        assert b.dtype == a.dtype
+        if value.dim() == 4:  # the rest has hardly a gradient, because BatchNorm follows
+            assert torch.dist(b.double(), value) < 1.5 * torch.dist(a.double(), value)
+
+
+def test_a_product_in_bf16_stays_in_bf16():
+    _, products = plain_and_products(dcgan_mnist.Generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products.layers[0](torch.randn(20, 100, 1, 1)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_products_keep_the_names_and_values_of_the_weights(kind: type[nn.Module]):
+    plain, products = plain_and_products(kind)
+    assert list(products.state_dict()) == list(plain.state_dict())
+    assert same(list(products.state_dict().values()), list(plain.state_dict().values()))
+
+
+def test_a_cpu_trains_with_products_and_a_gpu_does_not():
+    gan = new_gan()
+    step_of_a_gpu(gan)
+    layers = [*gan.generator.layers, *gan.discriminator.layers]
+    assert sum(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers) == 8
+    fastest_step(gan, Processes())
+    layers = [*gan.generator.layers, *gan.discriminator.layers]
+    assert sum(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers) == 4
 
 
 # ------------------------------------------ CUDA graphs -------------------------------------------
@@ -129,11 +200,11 @@ def test_a_graph_is_of_a_full_batch_also_if_the_fourth_ends_an_epoch(
 ):
     stream = torch.Generator().manual_seed(0)
     digits = torch.randint(0, 256, (4 * 20 + 7, 28, 28), generator=stream).byte()
-    twin = new_gan(batch_size=20)
+    twin = new_gan(batch_size=20, ema=0.5)
     plain = list(train_epochs(twin, partial(training_step, twin), digits, 3, 100))
 
     gpu = FakeGPU(monkeypatch)
-    gan = new_gan(batch_size=20)
+    gan = new_gan(batch_size=20, ema=0.5)
     graphed = list(train_epochs(gan, step_of_a_gpu(gan), digits, 3, 100))
     assert same(graphed, plain)
     assert same(parameters(gan.average), parameters(twin.average))

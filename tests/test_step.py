@@ -294,31 +294,38 @@ def test_bf16_draws_the_digits_of_fp32_but_for_rounding():
 
 
 # -------------------------------------- the averaged weights --------------------------------------
-def steps_of(gan: dcgan_mnist.DCGAN, count: int) -> list[list[torch.Tensor]]:
-    """Take training steps; return the generator's weights before the first and after each."""
-    weights = [parameters(gan.generator)]
-    for _ in range(count):
-        training_step(gan, *batch())
-        weights.append(parameters(gan.generator))
-    return weights
+def test_averaged_weights_span_a_share_of_all_steps():
+    gan = new_gan(ema=0.5)
+    w0 = parameters(gan.generator)
+    training_step(gan, *batch())
+    w1 = parameters(gan.generator)
+    gan.update_average(steps=4)  # spans two steps
+    training_step(gan, *batch())
+    w2 = parameters(gan.generator)
+    gan.update_average(steps=8)  # spans four steps
+    for average, a, b, c in zip(gan.average.parameters(), w0, w1, w2, strict=True):
+        torch.testing.assert_close(average, 0.75 * (0.5 * a + 0.5 * b) + 0.25 * c)
 
 
-def test_averaged_weights_follow_the_generators():
-    gan = new_gan(ema=0.75)
-    weights = steps_of(gan, 2)
-    for average, w0, w1, w2 in zip(gan.average.parameters(), *weights, strict=True):
-        torch.testing.assert_close(average, 0.75**2 * w0 + 0.75 * 0.25 * w1 + 0.25 * w2)
+def test_the_first_steps_which_draw_badly_do_not_stay_in_the_average():
+    gan = new_gan(ema=0.5)
+    training_step(gan, *batch())
+    gan.update_average(steps=2)
+    assert same(parameters(gan.average), parameters(gan.generator))
 
 
 def test_without_averaging_the_generators_own_weights_draw():
     gan = new_gan(ema=0.0)
-    weights = steps_of(gan, 2)
-    assert same(parameters(gan.average), weights[-1])
+    training_step(gan, *batch())
+    gan.update_average(steps=1000)
+    assert same(parameters(gan.average), parameters(gan.generator))
 
 
 def test_batchnorm_statistics_fit_the_averaged_weights():
     gan = new_gan()
-    steps_of(gan, 3)
+    for step in range(1, 4):
+        training_step(gan, *batch())
+        gan.update_average(step)
     gan.fit_norm_statistics()
     first, norm = gan.average.layers[:2]
     with torch.no_grad():

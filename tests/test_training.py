@@ -72,6 +72,27 @@ def test_every_step_has_noise_of_its_own(digits: torch.Tensor):
     assert len(set(map(tuple, noise))) == 120
 
 
+def test_the_average_spans_the_same_share_of_the_run_in_every_epoch(digits: torch.Tensor):
+    gan = new_gan(batch_size=20, ema=0.5)
+    count = 0
+
+    @torch.no_grad()
+    def step(real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        for weights in gan.generator.parameters():
+            weights.fill_(count)
+        return torch.ones(5)
+
+    for _ in train_epochs(gan, step, digits, epochs=3, log_every=100):
+        pass
+    expected = 0.0
+    for number in range(1, 10):  # three steps an epoch
+        expected += (number - expected) / max(0.5 * number, 1)
+    for weights in gan.average.parameters():
+        torch.testing.assert_close(weights, torch.full_like(weights, expected))
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run):
     for folder, seed in (("a", 5), ("b", 5), ("c", 6)):
         run(*THREE_STEPS, "--epochs", 2, "--seed", seed, "--output-dir", folder)
