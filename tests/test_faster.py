@@ -89,7 +89,7 @@ def test_products_in_bf16_are_as_exact_as_convolutions_in_bf16(kind: type[nn.Mod
     for value, a, b in zip(exact, of_plain, of_products, strict=True):
         assert b.dtype == a.dtype
         if value.dim() == 4:  # the rest has hardly a gradient, because BatchNorm follows
-            assert torch.dist(b.double(), value) < 1.5 * torch.dist(a.double(), value)
+            assert torch.dist(b.double(), value) < 2 * torch.dist(a.double(), value)
 
 
 def test_a_product_in_bf16_stays_in_bf16():
