@@ -545,13 +545,14 @@ class PatchSum(torch.autograd.Function):
         ctx.stride = stride
         height = (rows - 1) * stride + kernel
         width = (columns - 1) * stride + kernel
-        images = patches.new_zeros(n, height, width, channels)
+        wide = torch.promote_types(patches.dtype, torch.float32)  # sums in bf16 would lose digits
+        images = patches.new_zeros(n, height, width, channels, dtype=wide)
         for y in range(kernel):
             for x in range(kernel):
                 end_y = y + rows * stride
                 end_x = x + columns * stride
                 images[:, y:end_y:stride, x:end_x:stride] += patches[:, :, :, y, x]
-        return images
+        return images.to(patches.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:

@@ -1,14 +1,18 @@
-"""How fast the program is, beside a textbook loop and the machine's own arithmetic, in one table.
+"""How fast the program is, beside a textbook loop and the machine's own arithmetic.
 
-    python tests/benchmark.py            about two minutes on two cores
-    python tests/benchmark.py --quick    under a minute
+    python tests/benchmark.py                         the speed of a step: two minutes on two cores
+    python tests/benchmark.py --to-quality            the time to equal digits: half an hour
+    python tests/benchmark.py --quick [--to-quality]  the same from fewer steps: under a minute
 
-All variants take turns in one process, so that a change of the machine's speed meets all of them;
-a figure is the median over the rounds.
+All variants take turns, so that a change of the machine's speed meets all of them. The speed of a
+step is the median over the rounds. The time to quality is that of whole runs: how long a training
+takes whose digits are as good as those of the textbook loop after ten epochs. Where it stops was
+fixed beforehand, and none of its seeds served to choose its settings.
 """
 
 import argparse
 import importlib.util
+import math
 import statistics
 import subprocess
 import sys
@@ -17,7 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -32,7 +38,12 @@ BATCH_SIZE = 50
 STEP_GFLOP = 2 * BATCH_SIZE * (8 * 36.7 + 3 * 37.2) / 1000  # passes x million multiply-adds
 PRODUCT_GFLOP = 2 * 2048**3 / 1e9  # of two 2048 x 2048 matrices
 PROGRAM = str(ROOT / "dcgan_mnist.py")
-Loop = Iterator[None]
+TEXTBOOK_STEPS = 2000  # ten epochs
+TEXTBOOK_SEEDS = (0, 1, 2)
+RECORD = ("--recipe", "tuned", "--epochs", "2")  # the settings whose time to quality is measured
+RECORD_SEEDS = tuple(range(100, 110))
+PICTURE = ROOT / "result" / "same_time.png"
+Loop = Iterator[object]
 
 
 class BundledDigits(MNIST):
@@ -43,8 +54,8 @@ class BundledDigits(MNIST):
         self.data, self.targets = dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test")
 
 
-def textbook_loop(device: torch.device) -> Loop:
-    """Train as tutorials do; a step for each item."""
+def textbook_loop(device: torch.device) -> Iterator[nn.Module]:
+    """Train as tutorials do; after each step, give the generator."""
     scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     dataset = BundledDigits(scale)
     loader = DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=True)
@@ -72,20 +83,22 @@ def textbook_loop(device: torch.device) -> Loop:
             optimizer_g.step()
             for figure in (loss_real + loss_fake, loss_g, on_real.mean()):
                 figure.item()  # for the log
-            yield
+            yield generator
 
 
-def program_loop(device: torch.device, precision: str) -> Loop:
+def program_loop(device: torch.device, settings: dcgan_mnist.Settings) -> Loop:
     """Train as the program does; a step for each item."""
-    settings = dcgan_mnist.Settings(batch_size=BATCH_SIZE, precision=precision)
     gan = dcgan_mnist.DCGAN(settings, device)
     step = dcgan_mnist.fastest_step(gan, dcgan_mnist.Processes())
     digits = dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test")[0].to(device)
     noise = dcgan_mnist.random_stream(0, 1, device)
+    steps = 0
     while True:
-        for index in torch.randperm(len(digits)).to(device).split(BATCH_SIZE):
-            z = torch.randn(BATCH_SIZE, 100, 1, 1, generator=noise, device=device)
+        for index in torch.randperm(len(digits)).to(device).split(settings.batch_size):
+            z = torch.randn(len(index), 100, 1, 1, generator=noise, device=device)
             step(dcgan_mnist.to_images(digits[index]), z)
+            steps += 1
+            gan.update_average(steps)
             yield
 
 
@@ -128,7 +141,8 @@ def speed_table(device: torch.device, count: int, rounds: int) -> str:
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
     loops = {"textbook loop, fp32": textbook_loop(device)}
     for precision, dtype in precisions.items():
-        loops[f"this program, {precision}"] = program_loop(device, precision)
+        settings = dcgan_mnist.Settings(batch_size=BATCH_SIZE, precision=precision)
+        loops[f"this program, {precision}"] = program_loop(device, settings)
         loops[f"matrix product, {precision}"] = product_loop(device, dtype)
     seconds = medians(loops, count, rounds, device)
 
@@ -214,6 +228,116 @@ def start_and_end_lines(folder: str, rounds: int) -> str:
     )
 
 
+def distance(generator: nn.Module, scorer: dcgan_mnist.Scorer) -> float:
+    """Return the FD of 10,000 digits that a generator draws in eval mode."""
+    z = dcgan_mnist.make_noise(dcgan_mnist.EVALUATED, seed=0, stream=dcgan_mnist.DRAWING)
+    return scorer(dcgan_mnist.draw(generator.eval(), z))["fd"]
+
+
+def run_textbook(seed: int, device: torch.device) -> tuple[float, nn.Module]:
+    """Train the textbook loop for ten epochs; return its seconds, without any start, and its
+    generator."""
+    torch.manual_seed(seed)
+    loop = textbook_loop(device)
+    start = time.perf_counter()
+    for _ in range(TEXTBOOK_STEPS):
+        generator = next(loop)
+    wait_for(device)
+    return time.perf_counter() - start, generator
+
+
+def run_record(seed: int, folder: str) -> tuple[float, nn.Module]:
+    """Run the record's command; return its seconds from launch to exit, and its generator."""
+    command = [sys.executable, PROGRAM, *RECORD, "--seed", str(seed), "--output-dir", folder]
+    start = time.perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    seconds = time.perf_counter() - start
+    return seconds, dcgan_mnist.load_generator(folder)
+
+
+def settings_of_record(device: torch.device) -> tuple[dcgan_mnist.Settings, int]:
+    """Return the record's settings, and how many steps it takes."""
+    options = dcgan_mnist.parse_options(list(RECORD))
+    settings, digits, _ = dcgan_mnist.new_run(options, device)
+    return settings, options.epochs * math.ceil(len(digits) / settings.batch_size)
+
+
+def time_to_quality(device: torch.device, folder: str) -> None:
+    """Run the textbook loop and the record with all their seeds, taking turns; print a table."""
+    scorer = dcgan_mnist.Scorer(dcgan_mnist.read_scorer(), "test", device)
+    textbook = []  # seconds and distance of each run
+    record = []
+    share = math.ceil(len(RECORD_SEEDS) / len(TEXTBOOK_SEEDS))
+    for i, textbook_seed in enumerate(TEXTBOOK_SEEDS):
+        for seed in RECORD_SEEDS[i * share : (i + 1) * share]:
+            seconds, generator = run_record(seed, f"{folder}/{seed}")
+            record.append((seconds, distance(generator.to(device), scorer)))
+            print(f"this program, seed {seed}: {seconds:.1f} s, FD {record[-1][1]:.1f}")
+        seconds, generator = run_textbook(textbook_seed, device)
+        textbook.append((seconds, distance(generator, scorer)))
+        print(f"textbook loop, seed {textbook_seed}: {seconds:.1f} s, FD {textbook[-1][1]:.1f}")
+    _, steps = settings_of_record(device)
+    print(quality_table(textbook, record, steps))
+
+
+def quality_table(
+    textbook: list[tuple[float, float]], record: list[tuple[float, float]], steps: int
+) -> str:
+    """Lay out the seconds and the distances of the runs of both, and what they come to."""
+    rows = [("", "seeds", "steps", "seconds", "times the textbook", "FD", "lowest", "highest")]
+    textbook_seconds = statistics.median(seconds for seconds, _ in textbook)
+    for name, count, runs in (
+        ("textbook loop, fp32", TEXTBOOK_STEPS, textbook),
+        ("this program", steps, record),
+    ):
+        seconds = statistics.median(seconds for seconds, _ in runs)
+        ratio = textbook_seconds / seconds
+        distances = [fd for _, fd in runs]
+        figures = [statistics.mean(distances), min(distances), max(distances)]
+        row = [name, str(len(runs)), f"{count:,}", f"{seconds:.1f}", f"{ratio:.1f}"]
+        rows.append((*row, *(f"{figure:.1f}" for figure in figures)))
+    target = statistics.mean(fd for _, fd in textbook)
+    reached = sum(fd <= target for _, fd in record)
+    return f"{table(rows)}\n{reached} of {len(record)} seeds are at or below {target:.1f}"
+
+
+def draw_after_same_time(device: torch.device, folder: str) -> None:
+    """Draw the same noise with the record and with the textbook loop after the same time."""
+    seconds, generator = run_record(RECORD_SEEDS[0], f"{folder}/picture")
+    z = dcgan_mnist.make_noise(dcgan_mnist.SAMPLES, seed=0, stream=dcgan_mnist.FIXED_NOISE)
+    ours = dcgan_mnist.draw(generator, z)
+    torch.manual_seed(TEXTBOOK_SEEDS[0])
+    loop = textbook_loop(device)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        generator = next(loop)
+        wait_for(device)
+    textbook = dcgan_mnist.draw(generator.eval(), z)
+    pictures = [
+        dcgan_mnist.grid(textbook, f"textbook loop after {seconds:.0f} seconds"),
+        dcgan_mnist.grid(ours, f"this program after {seconds:.0f} seconds"),
+    ]
+    PICTURE.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.hstack([np.asarray(picture) for picture in pictures])).save(PICTURE)
+    print(f"saved {PICTURE}: the same noise, drawn by both after the same time")
+
+
+def estimate_time_to_quality(device: torch.device, folder: str) -> None:
+    """Print both times, estimated from short stretches; without scores."""
+    settings, steps = settings_of_record(device)
+    loops = {"textbook": textbook_loop(device), "record": program_loop(device, settings)}
+    seconds = medians(loops, 3, 4, device)
+    command = [sys.executable, PROGRAM, *RECORD, "--dry-run", "--output-dir", folder]
+    start = time.perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)  # six steps, two epochs
+    dry_run = time.perf_counter() - start
+    textbook = TEXTBOOK_STEPS * seconds["textbook"]
+    record = dry_run + (steps - 6) * seconds["record"]
+    print(f"textbook loop, {TEXTBOOK_STEPS:,} steps: about {textbook:.0f} s")
+    print(f"this program, {steps:,} steps, from launch to exit: about {record:.0f} s")
+    print(f"that is {textbook / record:.1f} times as fast, to what quality the full run tells")
+
+
 def peak_memory(*command: str) -> float:
     """Return the peak resident memory in MB of a Python command."""
     code = (
@@ -241,8 +365,12 @@ def memory_lines() -> str:
 def main() -> None:
     """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under a minute")
-    quick = parser.parse_args().quick
+    parser.add_argument("--quick", action="store_true", help="fewer steps: under a minute")
+    parser.add_argument(
+        "--to-quality", action="store_true", help="time whole runs to the same quality of digits"
+    )
+    options = parser.parse_args()
+    quick = options.quick
     count = 2 if quick else 5
     rounds = 4 if quick else 20
     starts = 1 if quick else 5
@@ -255,6 +383,14 @@ def main() -> None:
         name = f"{cpu}, {torch.get_num_threads()} threads"
 
     print(f"{name}, torch {torch.__version__}, batches of {BATCH_SIZE}")
+    if options.to_quality:
+        with tempfile.TemporaryDirectory() as folder, dcgan_mnist.computing_on(device):
+            if quick:
+                estimate_time_to_quality(device, folder)
+            else:
+                time_to_quality(device, folder)
+                draw_after_same_time(device, folder)
+        return
     with dcgan_mnist.computing_on(device):
         print(speed_table(device, count, rounds))
     with tempfile.TemporaryDirectory() as folder:
