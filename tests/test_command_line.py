@@ -38,6 +38,7 @@ RANGES = {
     "lr": ("1e-08", "1.0"),
     "beta1": ("0.0", "0.9999"),
     "beta2": ("0.0", "0.999999"),
+    "generator-steps": ("1", "10"),
     "ema": ("0.0", "0.5"),
     "seed": ("0", "4294967295"),
     "log-every": ("1", "1000000"),
@@ -190,6 +191,7 @@ class OtherSettings(Settings):
     lr: float = 0.125
     beta1: float = 0.25
     beta2: float = 0.75
+    generator_steps: int = 3
     ema: float = 0.25
     seed: int = 12
     split: str = "train"

@@ -95,6 +95,7 @@ def test_a_resumed_run_in_bf16_ends_bit_identical(run):
 
 def test_settings_come_from_the_checkpoint(run):
     shaped = (*THREE_STEPS, "--lr", 0.001, "--beta1", 0.6, "--beta2", 0.9, "--ema", 0.5)
+    shaped += ("--generator-steps", 2)
     shaped += ("--seed", 7)
     run(*shaped, "--epochs", 2, "--output-dir", "whole")
     run(*shaped, "--epochs", 1)
@@ -124,6 +125,7 @@ def test_a_recipe_is_kept_by_a_resumed_run(run):
         ("lr", 0.0002, 0.1),
         ("beta1", 0.5, 0.9),
         ("beta2", 0.999, 0.9),
+        ("generator-steps", 1, 2),
         ("ema", 0.05, 0.5),
         ("seed", 0, 1),
         ("recipe", "article", "tuned"),

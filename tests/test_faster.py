@@ -439,6 +439,25 @@ def test_gradients_and_figures_are_means_over_the_processes(monkeypatch: pytest.
     torch.testing.assert_close(stats[0], (figures[0] + 3) / 2)
 
 
+def test_a_process_takes_its_share_of_the_noise_of_every_generator_step(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(distributed, "all_reduce", lambda _: None)
+    shares = []
+
+    def step(gan: DCGAN, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        shares.append((real, z))
+        return torch.ones(5)
+
+    monkeypatch.setattr(dcgan_mnist, "training_step", step)
+    real, z = batch(14)
+    for rank in (0, 1):
+        SharedStep(new_gan(generator_steps=2), Processes(rank, count=2))(real[:7], z)
+    (real_0, z_0), (real_1, z_1) = shares
+    assert torch.equal(torch.cat([real_0, real_1]), real[:7])
+    assert torch.equal(torch.cat([z_0[:4], z_1[:3], z_0[4:], z_1[3:]]), z)
+
+
 def test_on_gpus_batchnorm_sees_the_whole_batch_and_checkpoints_stay_the_same():
     gan = new_gan()
     before = gan.generator.state_dict()

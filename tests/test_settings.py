@@ -43,8 +43,8 @@ def test_recipes_change_what_there_is_to_change_and_no_recipe_is_the_article_aga
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_sets_its_defaults_and_no_others(run, recipe: str):
-    run(*THREE_STEPS, "--epochs", 1, "--precision", "fp32", "--recipe", recipe)
-    assert kept_settings() == Settings(recipe=recipe, batch_size=20, **RECIPES[recipe])
+    run("--epochs", 1, "--precision", "fp32", "--recipe", recipe)
+    assert kept_settings() == Settings(recipe=recipe, **RECIPES[recipe])
 
 
 @pytest.mark.parametrize("recipe_first", [True, False])

@@ -78,6 +78,25 @@ def test_the_losses_equal_cross_entropy_on_the_probabilities():
     torch.testing.assert_close(stats, torch.stack([ds_loss, gn_loss, *means]), rtol=0, atol=1e-5)
 
 
+def test_more_generator_steps_are_updates_on_noise_of_their_own():
+    real, z = batch(60)
+    gan = new_gan(generator_steps=3)
+    seen = []
+    gan.generator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    figures = training_step(gan, real[:20], z)
+    assert torch.equal(torch.cat(seen), z)
+    updates = [
+        {state["step"].item() for state in optimizer.state.values()}
+        for optimizer in (gan.optimizer_d, gan.optimizer_g)
+    ]
+    assert updates == [{1}, {3}]
+
+    twin = new_gan()
+    assert torch.equal(training_step(twin, real[:20], z[:20]), figures)
+    assert same(parameters(gan.discriminator), parameters(twin.discriminator))
+    assert not same(parameters(gan.generator), parameters(twin.generator))
+
+
 def test_a_confident_discriminator_still_gives_a_gradient():
     gan = new_gan()
     with torch.no_grad():

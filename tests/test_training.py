@@ -72,6 +72,23 @@ def test_every_step_has_noise_of_its_own(digits: torch.Tensor):
     assert len(set(map(tuple, noise))) == 120
 
 
+@pytest.mark.parametrize("generator_steps", [1, 3])
+def test_a_step_gets_noise_for_every_update_of_the_generator(
+    digits: torch.Tensor, generator_steps: int
+):
+    shapes = []
+
+    def step(real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        shapes.append((len(real), z.shape))
+        return torch.ones(5)
+
+    gan = new_gan(batch_size=40, generator_steps=generator_steps)
+    for _ in train_epochs(gan, step, digits, epochs=1, log_every=100):
+        pass
+    rest = (dcgan_mnist.LATENT_DIM, 1, 1)
+    assert shapes == [(n, (generator_steps * n, *rest)) for n in (40, 20)]
+
+
 def test_the_average_spans_the_same_share_of_the_run_in_every_epoch(digits: torch.Tensor):
     gan = new_gan(batch_size=20, ema=0.5)
     count = 0
