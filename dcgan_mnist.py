@@ -5,10 +5,11 @@
 # ///
 """DCGAN on MNIST in one file: watch handwritten digits grow out of noise.
 
-    python dcgan_mnist.py --epochs 10       train on the 10,000 bundled digits, offline
-    python dcgan_mnist.py --dry-run         train for six steps, to check an installation
-    python dcgan_mnist.py --resume          go on with the run in the folder "result"
-    python dcgan_mnist.py --generate 1000   draw digits with the trained generator
+    python dcgan_mnist.py --epochs 10                  train on the 10,000 bundled digits, offline
+    python dcgan_mnist.py --recipe quick --epochs 2    get readable digits in under a minute
+    python dcgan_mnist.py --dry-run                    check an installation in six steps
+    python dcgan_mnist.py --resume                     go on with the run in the folder "result"
+    python dcgan_mnist.py --generate 1000              draw digits with the trained generator
 
 The generator turns noise z, 100 random numbers for each digit, into images. The discriminator
 learns to tell real digits from generated ones; the generator learns to draw digits that the
@@ -131,7 +132,10 @@ class Discriminator(nn.Module):
 
 
 def weights_init(m: nn.Module) -> None:
-    """Start a layer as the paper does: convolutions N(0, 0.02), BatchNorm N(1, 0.02), biases 0."""
+    """Start a layer as the paper's code does.
+
+    Weights of convolutions come from N(0, 0.02), those of BatchNorm from N(1, 0.02); biases are 0.
+    """
     if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
         mean = 0.0
     elif isinstance(m, nn.BatchNorm2d):
@@ -163,7 +167,7 @@ class Settings:
 
 
 RECIPES = {  # defaults that differ from those above
-    "article": {},
+    "article": {},  # as the program was published
     "tuned": {"lr": 0.002, "beta2": 0.99, "generator_steps": 2},  # the best digits
     "quick": {"lr": 0.002, "beta2": 0.99, "batch_size": 25},  # readable digits in two epochs
 }
@@ -304,7 +308,8 @@ def seeded(seed: int) -> Iterator[None]:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a context in which layers compute in "fp32" or "bf16"; their weights stay in fp32.
 
-    It keeps the weights that it has cast, so it must end before an optimiser changes them.
+    It keeps the weights that it has cast, so it must end before an optimiser changes them. Each
+    call of a network has one of its own: within one, bf16 gradients would be summed in bf16.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
@@ -321,7 +326,11 @@ class DCGAN:
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
         betas = (settings.beta1, settings.beta2)
         adam = functools.partial(
-            torch.optim.Adam, lr=settings.lr, betas=betas, fused=True, capturable=True
+            torch.optim.Adam,
+            lr=settings.lr,
+            betas=betas,
+            fused=True,  # the fastest implementation
+            capturable=True,  # by a CUDA graph
         )
         self.optimizer_g = adam(self.generator.parameters())
         self.optimizer_d = adam(self.discriminator.parameters())
@@ -330,7 +339,7 @@ class DCGAN:
         self.epoch = 0  # epochs done
 
     def autocast(self) -> torch.autocast:
-        """Return a context for one call of a network, in the run's precision."""
+        """Return a context in which layers compute in the run's precision."""
         return autocast(self.device, self.settings.precision)
 
     def update_average(self, steps: int) -> None:
@@ -367,7 +376,8 @@ class DCGAN:
 
 
 # The figures of a step, in the order in which training_step returns them, and their log line. ds is
-# the discriminator, gn the generator; true_out and fake_out are means of D(x) and D(G(z)).
+# the discriminator, gn the generator; true_out is the mean of D(x), fake_out that of D(G(z)) before
+# and after the update of the discriminator.
 STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
 LOG_LINE = (
     "({step}/{steps}) ds_loss: {ds_loss:.3f} - gn_loss: {gn_loss:.3f} - true_out: {true_out:.3f}"
@@ -381,14 +391,15 @@ bce = nn.functional.binary_cross_entropy_with_logits
 def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     """Update both networks on images (n, 1, 28, 28) in [-1, 1] and noise; return the STATS (5,).
 
-    ``z`` is noise (k * n, latent_dim, 1, 1) for k updates of the generator; the article has one.
-    Algorithm 1 of Goodfellow et al. (2014), arXiv:1406.2661, with its non-saturating loss.
+    ``z`` is the noise (n * generator_steps, latent_dim, 1, 1) for all updates of the generator. The
+    STATS are those of the first one.
+
+    After Algorithm 1 of Goodfellow et al. (2014), arXiv:1406.2661, with its non-saturating loss.
+    The generator's first update takes the noise that the discriminator has learnt from.
     """
-    ones = real.new_ones(len(real))
-    zeros = real.new_zeros(len(real))
-    z, *more_noise = z.split(len(real))
+    noise, *more_noise = z.split(len(real))
     with gan.autocast():
-        fake = gan.generator(z)  # (n, 1, 28, 28) in [-1, 1]
+        fake = gan.generator(noise)  # (n, 1, 28, 28) in [-1, 1]
 
     # (1) The discriminator: maximise log D(x) + log(1 - D(G(z))).
     gan.discriminator.requires_grad_(True)
@@ -397,7 +408,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
         on_real = gan.discriminator.logits(real)  # (n,)
     with gan.autocast():
         on_fake = gan.discriminator.logits(fake.detach())  # no gradient for the generator
-    ds_loss = bce(on_real, ones) + bce(on_fake, zeros)
+    ds_loss = bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))
     ds_loss.backward()
     gan.optimizer_d.step()
 
@@ -405,9 +416,9 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     # the gradient passes through it but none is computed for its weights.
     gan.discriminator.requires_grad_(False)
     on_fake_after, gn_loss = update_generator(gan, fake)
-    for z in more_noise:
+    for noise in more_noise:
         with gan.autocast():
-            fake = gan.generator(z)
+            fake = gan.generator(noise)
         update_generator(gan, fake)
 
     outputs = [logits.sigmoid().mean() for logits in (on_real, on_fake, on_fake_after)]
@@ -415,9 +426,9 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
 
 
 def update_generator(gan: DCGAN, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Make images (n, 1, 28, 28) of the generator look more real; return D's logits and the loss.
+    """Let the generator learn from images (n, 1, 28, 28) that it has made.
 
-    The logits (n,) and the loss are those from before the update.
+    Return the discriminator's logits (n,) for them and the loss, both from before the update.
     """
     gan.optimizer_g.zero_grad()
     with gan.autocast():
@@ -463,7 +474,10 @@ def train_epochs(
 
 
 def train_epoch(gan: DCGAN, step: Step, digits: Tensor, title: str, log_every: int) -> Tensor:
-    """Train on every digit once, in a new order; return the STATS of each step (steps, 5)."""
+    """Train on every digit once, in a new order; return the STATS of each step (steps, 5).
+
+    A dry run takes three steps only.
+    """
     seed = gan.settings.seed
     epoch = gan.epoch + 1
     batches = order_of_epoch(digits, seed, epoch).split(gan.settings.batch_size)
@@ -539,16 +553,20 @@ def computing_on(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic = deterministic
 
 
-# On CPUs, a convolution without padding is faster as one product of two matrices: the patches that
-# its kernel sees, a row for each, and its weights.
+# On CPUs, a convolution without padding is faster as one product of two matrices: its weights and
+# the patches of the image that its kernel sees, a row for each. The transposed convolution is the
+# same backwards: the product gives patches, which are added up to an image.
 class Patches(torch.autograd.Function):
-    """Copy all patches (n, H, W, k, k, c) out of images (n, h, w, c), which they cover."""
+    """Copy all patches out of images: (n, h, w, c) -> (n, rows, columns, kernel, kernel, c).
+
+    The patches must reach the last pixel. The gradient is a PatchSum.
+    """
 
     @staticmethod
     def forward(ctx, images: Tensor, kernel: int, stride: int) -> Tensor:
         ctx.stride = stride
-        patches = images.unfold(1, kernel, stride).unfold(2, kernel, stride)  # (n, H, W, c, k, k)
-        return patches.permute(0, 1, 2, 4, 5, 3).contiguous()
+        patches = images.unfold(1, kernel, stride).unfold(2, kernel, stride)
+        return patches.permute(0, 1, 2, 4, 5, 3).contiguous()  # the channels come last
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -556,7 +574,10 @@ class Patches(torch.autograd.Function):
 
 
 class PatchSum(torch.autograd.Function):
-    """Add patches (n, H, W, k, k, c) up to images (n, h, w, c), each in its place."""
+    """Add patches up to images: (n, rows, columns, kernel, kernel, c) -> (n, h, w, c).
+
+    The gradient is that of a sum: the Patches of the images' gradient.
+    """
 
     @staticmethod
     def forward(ctx, patches: Tensor, stride: int) -> Tensor:
@@ -580,7 +601,7 @@ class PatchSum(torch.autograd.Function):
 
 
 class ProductConv2d(nn.Module):
-    """A Conv2d without padding, with the same parameters: (n, c, h, w) -> (n, c', H, W)."""
+    """Compute a Conv2d without padding as a product; the parameters are the layer's own."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
@@ -591,13 +612,13 @@ class ProductConv2d(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches = Patches.apply(images.permute(0, 2, 3, 1), self.kernel, self.stride)
-        weights = self.weight.permute(0, 2, 3, 1)  # (c', k, k, c)
+        weights = self.weight.permute(0, 2, 3, 1)  # (filters, kernel, kernel, c)
         results = nn.functional.linear(patches.flatten(3), weights.flatten(1), self.bias)
         return results.permute(0, 3, 1, 2)
 
 
 class ProductConvTranspose2d(nn.Module):
-    """The same of a ConvTranspose2d without padding: (n, c, h, w) -> (n, c', H, W)."""
+    """Compute a ConvTranspose2d without padding as a product, with the layer's own parameters."""
 
     def __init__(self, layer: nn.ConvTranspose2d) -> None:
         super().__init__()
@@ -606,7 +627,7 @@ class ProductConvTranspose2d(nn.Module):
         self.stride = layer.stride[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        weights = self.weight.permute(0, 2, 3, 1)  # (c, k, k, c')
+        weights = self.weight.permute(0, 2, 3, 1)  # (c, kernel, kernel, filters)
         patches = images.permute(0, 2, 3, 1) @ weights.flatten(1)
         results = PatchSum.apply(patches.unflatten(3, weights.shape[1:]), self.stride)
         results = results + self.bias.to(results.dtype)
@@ -614,7 +635,7 @@ class ProductConvTranspose2d(nn.Module):
 
 
 def use_products(network: Generator | Discriminator) -> None:
-    """Let a network's convolutions without padding compute by products; its parameters stay."""
+    """Replace the convolutions without padding by products; the parameters stay the same."""
     for i, layer in enumerate(network.layers):
         if isinstance(layer, nn.Conv2d) and layer.padding == (0, 0):
             network.layers[i] = ProductConv2d(layer)
@@ -744,7 +765,7 @@ class SharedStep:
 
 
 def fastest_step(gan: DCGAN, processes: Processes) -> Step:
-    """Return the fastest way to take a training step here."""
+    """Return the fastest training step for this device; on a CPU, layers are replaced for it."""
     if gan.device.type == "cpu":
         use_products(gan.generator)
         use_products(gan.discriminator)

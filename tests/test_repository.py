@@ -31,12 +31,30 @@ def test_the_top_level_holds_what_a_user_expects():
     }
 
 
+def test_readme_names_the_command_whose_time_to_quality_is_measured():
+    source = (ROOT / "tests" / "benchmark.py").read_text(encoding="utf-8")
+    record = ast.literal_eval(re.search(r"^RECORD = (\(.*?\))", source, re.MULTILINE)[1])
+    assert re.findall(r"^record: (.*)", README, re.MULTILINE) == [
+        f"python dcgan_mnist.py {' '.join(record)}"
+    ]
+
+
+@pytest.mark.parametrize("recipe", dcgan_mnist.RECIPES)
+def test_readme_says_which_flags_a_recipe_stands_for(recipe: str):
+    changes = dcgan_mnist.RECIPES[recipe]
+    flags = [f"{dcgan_mnist.flag(name)} {value}" for name, value in changes.items()]
+    row = re.search(r"^\| `--recipe` .*", README, re.MULTILINE)[0]
+    meaning = row.split(f"`{recipe}`:")[1].split(";")[0].split(". ")[0]
+    assert re.findall(r"`(--.*)`", meaning) == [" ".join(flags)] * bool(flags)
+
+
 def test_the_repository_keeps_an_example_run_and_ignores_the_users():
     assert {path for path in tracked() if path.startswith("result/")} == {
         "result/example/timeline.png",
         "result/example/training.gif",
         "result/example/loss_curve.png",
         "result/example/recipes.png",
+        "result/example/same_time.png",
     }
     ignored = ["git", "-C", str(ROOT), "check-ignore", "-q"]
     assert subprocess.run([*ignored, "result/checkpoint.pt"], check=False).returncode == 0
