@@ -600,31 +600,28 @@ class PatchSum(torch.autograd.Function):
         return Patches.apply(gradient, ctx.kernel, ctx.stride), None
 
 
-class ProductConv2d(nn.Module):
-    """Compute a Conv2d without padding as a product; the parameters are the layer's own."""
+class Product(nn.Module):
+    """A convolution without padding that is computed as a product, with the layer's parameters."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
         super().__init__()
         self.weight = layer.weight
         self.bias = layer.bias
-        self.kernel = layer.kernel_size[0]
         self.stride = layer.stride[0]
 
+
+class ProductConv2d(Product):
+    """Conv2d: (n, c, h, w) -> (n, filters, rows, columns)."""
+
     def forward(self, images: Tensor) -> Tensor:
-        patches = Patches.apply(images.permute(0, 2, 3, 1), self.kernel, self.stride)
         weights = self.weight.permute(0, 2, 3, 1)  # (filters, kernel, kernel, c)
+        patches = Patches.apply(images.permute(0, 2, 3, 1), weights.shape[1], self.stride)
         results = nn.functional.linear(patches.flatten(3), weights.flatten(1), self.bias)
         return results.permute(0, 3, 1, 2)
 
 
-class ProductConvTranspose2d(nn.Module):
-    """Compute a ConvTranspose2d without padding as a product, with the layer's own parameters."""
-
-    def __init__(self, layer: nn.ConvTranspose2d) -> None:
-        super().__init__()
-        self.weight = layer.weight
-        self.bias = layer.bias
-        self.stride = layer.stride[0]
+class ProductConvTranspose2d(Product):
+    """ConvTranspose2d: (n, c, rows, columns) -> (n, filters, h, w)."""
 
     def forward(self, images: Tensor) -> Tensor:
         weights = self.weight.permute(0, 2, 3, 1)  # (c, kernel, kernel, filters)
