@@ -336,9 +336,10 @@ def estimate_time_to_quality(device: torch.device, folder: str) -> None:
     dry_run = time.perf_counter() - start
     textbook = TEXTBOOK_STEPS * seconds["textbook"]
     record = dry_run + (steps - 6) * seconds["record"]
+    print("estimated from a few steps of both, without scores:")
     print(f"textbook loop, {TEXTBOOK_STEPS:,} steps: about {textbook:.0f} s")
     print(f"this program, {steps:,} steps, from launch to exit: about {record:.0f} s")
-    print(f"ratio: about {textbook / record:.1f}; the scores need a run without --quick")
+    print(f"ratio: about {textbook / record:.1f}")
 
 
 def peak_memory(*command: str) -> float:
