@@ -1,6 +1,6 @@
 """How fast the program is, beside a textbook loop and the machine's own arithmetic.
 
-    python tests/benchmark.py                         the speed of a step: two minutes on two cores
+    python tests/benchmark.py                         the speed of a step: four minutes on two cores
     python tests/benchmark.py --to-quality            the time to equal digits: half an hour
     python tests/benchmark.py --quick [--to-quality]  the same from fewer steps: under a minute
 
