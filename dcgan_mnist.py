@@ -1223,7 +1223,11 @@ class RunFolder:
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint or a best generator. Raises Failure if it is missing or damaged."""
     if not path.exists():
-        raise Failure(f"there is no {path}; train first, or name another --output-dir")
+        advice = "train first, or name another --output-dir"
+        moved = sorted(path.parent.glob(f"previous_*/{path.name}"))
+        if moved:  # by a run that then ended before its first epoch did
+            advice += f": the latest earlier run is in {moved[-1].parent}"
+        raise Failure(f"there is no {path}; {advice}")
     data = io.BytesIO(path.read_bytes())
     with damage_is_failure(path):
         with zipfile.ZipFile(data) as archive:

@@ -93,6 +93,20 @@ def test_a_resumed_run_in_bf16_ends_bit_identical(run):
     assert_same_run("result", "whole")
 
 
+def test_where_a_run_ended_before_its_first_epoch_the_earlier_one_is_named(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    run(*THREE_STEPS, "--epochs", 1)
+    run(*THREE_STEPS, "--epochs", 1)
+    with monkeypatch.context() as patch:
+        change_steps(patch, lambda number, figures: figures * torch.nan)
+        assert run(*THREE_STEPS, "--epochs", 1).code == 1
+    earlier = str(Path("result/previous_002"))
+    for command in (["--resume"], ["--generate", 3]):
+        assert run(*command).is_one_line(1, "error: ", "train first", earlier)
+    assert run("--resume", "--epochs", 2, "--output-dir", earlier).code == 0
+
+
 def test_settings_come_from_the_checkpoint(run):
     shaped = (*THREE_STEPS, "--lr", 0.001, "--beta1", 0.6, "--beta2", 0.9, "--ema", 0.5)
     shaped += ("--generator-steps", 2)
