@@ -1681,21 +1681,7 @@ def add_training_flags(group: _ArgumentGroup) -> None:
         type=number_between(int, 1, 60_000),
         help=f"digits in a training step (default: {Settings.batch_size})",
     )
-    group.add_argument(
-        "--lr",
-        type=number_between(float, 1e-8, 1.0),
-        help=f"learning rate of both networks (default: {Settings.lr})",
-    )
-    group.add_argument(
-        "--beta1",
-        type=number_between(float, 0.0, 0.9999),
-        help=f"Adam's decay rate of the mean gradient (default: {Settings.beta1})",
-    )
-    group.add_argument(
-        "--beta2",
-        type=number_between(float, 0.0, 0.999999),
-        help=f"Adam's decay rate of the mean squared gradient (default: {Settings.beta2})",
-    )
+    add_optimizer_flags(group)
     group.add_argument(
         "--generator-steps",
         type=number_between(int, 1, 10),
@@ -1718,6 +1704,25 @@ def add_training_flags(group: _ArgumentGroup) -> None:
         choices=["test", "train"],
         help="MNIST's 10,000 test digits or its 60,000 training digits "
         f"(default: {Settings.split})",
+    )
+
+
+def add_optimizer_flags(group: _ArgumentGroup) -> None:
+    """Add the settings of both networks' optimisers."""
+    group.add_argument(
+        "--lr",
+        type=number_between(float, 1e-8, 1.0),
+        help=f"learning rate of both networks (default: {Settings.lr})",
+    )
+    group.add_argument(
+        "--beta1",
+        type=number_between(float, 0.0, 0.9999),
+        help=f"Adam's decay rate of the mean gradient (default: {Settings.beta1})",
+    )
+    group.add_argument(
+        "--beta2",
+        type=number_between(float, 0.0, 0.999999),
+        help=f"Adam's decay rate of the mean squared gradient (default: {Settings.beta2})",
     )
 
 

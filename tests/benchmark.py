@@ -178,10 +178,10 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def seconds_of_imports() -> float:
-    """Return how long a process takes that only imports torch and torchvision."""
+def seconds_of(*command: str) -> float:
+    """Return how long a Python command takes from launch to exit."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch, torchvision"], check=True)
+    subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start
 
 
@@ -217,7 +217,7 @@ def start_and_end_lines(folder: str, rounds: int) -> str:
     imports = []
     starts = []
     for _ in range(rounds):
-        imports.append(seconds_of_imports())
+        imports.append(seconds_of("-c", "import torch, torchvision"))
         starts.append(seconds_to_first_step(folder))
     start = statistics.median(starts)
     ratio = start / statistics.median(imports)
@@ -251,10 +251,7 @@ def run_textbook(seed: int, device: torch.device) -> tuple[float, nn.Module]:
 
 def run_record(seed: int, folder: str) -> tuple[float, nn.Module]:
     """Run the record's command; return its seconds from launch to exit, and its generator."""
-    command = [sys.executable, PROGRAM, *RECORD, "--seed", str(seed), "--output-dir", folder]
-    start = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-    seconds = time.perf_counter() - start
+    seconds = seconds_of(PROGRAM, *RECORD, "--seed", str(seed), "--output-dir", folder)
     return seconds, dcgan_mnist.load_generator(folder)
 
 
@@ -281,6 +278,8 @@ def time_to_quality(device: torch.device, folder: str) -> None:
         print(f"textbook loop, seed {textbook_seed}: {seconds:.1f} s, FD {textbook[-1][1]:.1f}")
     _, steps = settings_of_record(device)
     print(quality_table(textbook, record, steps))
+    generator = dcgan_mnist.load_generator(f"{folder}/{RECORD_SEEDS[0]}")
+    draw_after_same_time(generator, seconds=record[0][0], device=device)
 
 
 def quality_table(
@@ -304,18 +303,17 @@ def quality_table(
     return f"{table(rows)}\n{reached} of {len(record)} seeds are at or below {target:.1f}"
 
 
-def draw_after_same_time(device: torch.device, folder: str) -> None:
-    """Draw the same noise with the record and with the textbook loop after the same time."""
-    seconds, generator = run_record(RECORD_SEEDS[0], f"{folder}/picture")
+def draw_after_same_time(generator: nn.Module, seconds: float, device: torch.device) -> None:
+    """Draw the same noise with a record's generator and with the textbook loop after its time."""
     z = dcgan_mnist.make_noise(dcgan_mnist.SAMPLES, seed=0, stream=dcgan_mnist.FIXED_NOISE)
     ours = dcgan_mnist.draw(generator, z)
     torch.manual_seed(TEXTBOOK_SEEDS[0])
     loop = textbook_loop(device)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
-        generator = next(loop)
+        textbook_generator = next(loop)
         wait_for(device)
-    textbook = dcgan_mnist.draw(generator.eval(), z)
+    textbook = dcgan_mnist.draw(textbook_generator.eval(), z)
     pictures = [
         dcgan_mnist.grid(textbook, f"textbook loop after {seconds:.0f} seconds"),
         dcgan_mnist.grid(ours, f"this program after {seconds:.0f} seconds"),
@@ -330,10 +328,7 @@ def estimate_time_to_quality(device: torch.device, folder: str) -> None:
     settings, steps = settings_of_record(device)
     loops = {"textbook": textbook_loop(device), "record": program_loop(device, settings)}
     seconds = medians(loops, 3, 4, device)
-    command = [sys.executable, PROGRAM, *RECORD, "--dry-run", "--output-dir", folder]
-    start = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)  # six steps, two epochs
-    dry_run = time.perf_counter() - start
+    dry_run = seconds_of(PROGRAM, *RECORD, "--dry-run", "--output-dir", folder)  # six steps
     textbook = TEXTBOOK_STEPS * seconds["textbook"]
     record = dry_run + (steps - 6) * seconds["record"]
     print("estimated from a few steps of both, without scores:")
@@ -393,7 +388,6 @@ def main() -> None:
                 estimate_time_to_quality(device, folder)
             else:
                 time_to_quality(device, folder)
-                draw_after_same_time(device, folder)
         return
     with dcgan_mnist.computing_on(device):
         print(f"batches of {BATCH_SIZE}")
