@@ -5,20 +5,28 @@
 # ///
 """DCGAN on MNIST in one file: watch handwritten digits grow out of noise.
 
+    python dcgan_mnist.py --generate 100               draw digits now, with the generator included
     python dcgan_mnist.py --epochs 10                  train on the 10,000 bundled digits, offline
-    python dcgan_mnist.py --recipe quick --epochs 2    get readable digits in under a minute
+    python dcgan_mnist.py --recipe quick --epochs 2    train for less than a minute
     python dcgan_mnist.py --dry-run                    check an installation in six steps
     python dcgan_mnist.py --resume                     go on with the run in the folder "result"
-    python dcgan_mnist.py --generate 1000              draw digits with the trained generator
 
-The generator turns noise z, 100 random numbers for each digit, into images. The discriminator
-learns to tell real digits from generated ones; the generator learns to draw digits that the
-discriminator takes for real. After Radford, Metz and Chintala (2016), "Unsupervised Representation
-Learning with Deep Convolutional Generative Adversarial Networks", arXiv:1511.06434.
+The generator turns noise into images. The noise z is a vector of 100 numbers for each image, drawn
+from the normal distribution N(0, 1). The discriminator learns to tell real digits from generated
+ones; the generator learns to draw digits that the discriminator takes for real. After Radford, Metz
+and Chintala (2016), "Unsupervised Representation Learning with Deep Convolutional Generative
+Adversarial Networks", arXiv:1511.06434.
 
-Read the file from top to bottom. The algorithm comes first: networks, settings, data, one training
-step, training. The rest makes it a tool: speed, pictures, scores, files, commands, command line.
-README.md says which files are written, and when.
+Read the file from top to bottom. The algorithm comes first:
+
+    networks             generator, discriminator, their first weights (weights_init), summaries
+    settings             the numbers that shape a run
+    data                 the real digits, batches, noise
+    one training step    optimisers, loss, the two halves of the step, drawing
+    training             epochs, log, progress
+
+The rest makes it a tool: speed, pictures, scores, files, commands, command line. README.md says
+which files are written, and when.
 """
 
 import copy
@@ -31,16 +39,25 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import textwrap
 import threading
 import time
 import zipfile
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
-from collections.abc import Callable, Iterator
+from argparse import (
+    SUPPRESS,
+    ArgumentParser,
+    ArgumentTypeError,
+    Namespace,
+    RawDescriptionHelpFormatter,
+    _ArgumentGroup,
+)
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +80,9 @@ SCORED = 2000  # digits drawn for the score of an epoch
 EVALUATED = 10_000  # digits drawn for the score of a finished run
 PROGRAM = "dcgan_mnist.py"
 NORM_SAMPLES = 1000  # digits drawn for the statistics of the averaged generator's BatchNorm layers
-BUNDLED = Path(__file__).resolve().parent / "MNIST"  # the data folder beside this file
+HOME = Path(__file__).resolve().parent
+BUNDLED = HOME / "MNIST"  # the data folder
+EXAMPLE = HOME / "result" / "example" / "generator.pt"  # a trained generator, to draw with at once
 
 
 class Failure(Exception):  # noqa: N818 (no error of the program)
@@ -124,7 +143,7 @@ class Discriminator(nn.Module):
         )
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the log-odds of being real (n,): their loss has a gradient however sure it is."""
+        """Return the log-odds of being real (n,), of which the loss is computed."""
         return self.layers(images).flatten().float()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -146,6 +165,13 @@ def weights_init(m: nn.Module) -> None:
         nn.init.normal_(m.weight, mean, std=0.02)
     if m.bias is not None:
         nn.init.zeros_(m.bias)
+
+
+def print_summaries() -> None:
+    """Print the layers of both networks, the shapes of what they return, and their sizes."""
+    with torch.random.fork_rng(devices=[]):  # for summary runs the networks
+        summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
+        summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
 
 
 # =========================================== settings ===========================================
@@ -385,6 +411,8 @@ LOG_LINE = (
 )
 
 
+# The loss of both networks, binary cross-entropy. On logits it has a gradient however sure the
+# discriminator is.
 bce = nn.functional.binary_cross_entropy_with_logits
 
 
@@ -485,8 +513,7 @@ def train_epoch(gan: DCGAN, step: Step, digits: Tensor, title: str, log_every: i
         batches = batches[:3]
     noise = random_stream(seed, epoch, gan.device)
     stats = torch.zeros(len(batches), len(STATS), device=gan.device)
-    # disable=None: no progress bar where the output is no terminal
-    with tqdm(batches, title, unit="step", leave=False, disable=None) as progress:
+    with progress_bar(batches, desc=title, unit="step") as progress:
         for i, index in enumerate(progress):
             count = gan.settings.generator_steps * len(index)
             z = torch.randn(count, LATENT_DIM, 1, 1, generator=noise, device=gan.device)
@@ -499,6 +526,15 @@ def train_epoch(gan: DCGAN, step: Step, digits: Tensor, title: str, log_every: i
                 figures = dict(zip(STATS, stats[i].tolist(), strict=True))
                 tqdm.write(LOG_LINE.format(step=i + 1, steps=len(batches), **figures))
     return stats
+
+
+def progress_bar(items: Sequence | None = None, **options: object) -> tqdm:
+    """Return a tqdm bar over items, shown on a terminal or in a notebook, but not in a log file."""
+    if type(sys.stdout).__module__ == "ipykernel.iostream":
+        # A notebook is no terminal but can show a bar. It gets bar and log in one stream, because
+        # it would show two streams one after the other, with pieces of the bar between them.
+        return tqdm(items, leave=False, file=sys.stdout, **options)
+    return tqdm(items, leave=False, disable=None, **options)  # None: unless it is no terminal
 
 
 def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
@@ -1049,7 +1085,7 @@ GENERATED_DIGITS = "generated.npy"
 INTERPOLATION = "interpolation.png"
 SCORE = "score.json"
 NEAREST = "nearest.png"
-FORMAT = 3  # of a checkpoint: one more whenever networks, figures or Run.checkpoint change
+FORMAT = 4  # of a checkpoint: one more whenever networks, figures or Run.checkpoint change
 
 
 def epoch_picture(epoch: int) -> str:
@@ -1068,12 +1104,25 @@ def is_ours(name: str) -> bool:
     return epoch > 0 and name == epoch_picture(epoch)
 
 
+def command_line(*arguments: object) -> str:
+    """Return the command, as this system's shell takes it, that runs the program from here."""
+    path = Path(__file__).resolve()
+    script = path.name if path.parent == Path.cwd() else path
+    words = ["python", *(str(word) for word in (script, *arguments))]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 class RunFolder:
     """The output folder: its lock, what is written when, what is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock_handle: int | None = None
+
+    def has_run(self) -> bool:
+        """Tell whether the folder holds a run, be it one that was moved into a folder below it."""
+        runs = [self.path / CHECKPOINT, *self.path.glob(f"previous_*/{CHECKPOINT}")]
+        return any(os.path.exists(path) for path in runs)
 
     def begin(self, dry_run: bool) -> None:
         """Make and lock the folder, and move the files of an earlier run into one below it.
@@ -1093,7 +1142,7 @@ class RunFolder:
 
     def resume(self) -> dict:
         """Lock the folder and return the checkpoint of its run. Raises Failure."""
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             self.make()
             self.lock()
         return read_checkpoint(self.path / CHECKPOINT)
@@ -1104,8 +1153,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError("no permission to write")
-        except OSError as error:
-            reason = error.strerror or error
+        except (OSError, ValueError) as error:  # ValueError: no file can have this name
+            reason = getattr(error, "strerror", None) or error
             raise WrongInput(
                 f"argument --output-dir: {self.path} cannot be used: {reason}"
             ) from error
@@ -1147,12 +1196,14 @@ class RunFolder:
             if previous.exists():
                 previous.rmdir()
             if isinstance(error, OSError):
-                raise Failure(f"cannot move the earlier run to {previous} ({error})") from error
+                advice = "close what holds its files open, or name another --output-dir"
+                raise Failure(
+                    f"cannot move the earlier run to {previous} ({error}); {advice}"
+                ) from error
             raise
-        print(f"Moved the earlier run in {self.path} to {previous}")
+        print(f"Moved the earlier files in {self.path} to {previous}")
         if self.path / CHECKPOINT in files:
-            quoted = f'"{previous}"' if " " in str(previous) else previous
-            print(f"To go on with it: {PROGRAM} --resume --output-dir {quoted}")
+            print(f"To go on with that run: {command_line('--resume', '--output-dir', previous)}")
 
     def save(self, checkpoint: dict, best_generator: dict | None) -> None:
         """Write the checkpoint of an epoch, after the best generator if it is a new one."""
@@ -1222,7 +1273,7 @@ class RunFolder:
 
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint or a best generator. Raises Failure if it is missing or damaged."""
-    if not path.exists():
+    if not os.path.exists(path):  # path.exists() fails on names that are too long
         advice = "train first, or name another --output-dir"
         moved = sorted(path.parent.glob(f"previous_*/{path.name}"))
         if moved:  # by a run that then ended before its first epoch did
@@ -1272,27 +1323,30 @@ def read_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
 
 
 def load_generator(
-    folder: Path | str, best: bool = False, device: str | torch.device = "cpu"
+    folder: Path | str | None = None, best: bool = False, device: str | torch.device = "cpu"
 ) -> Generator:
     """Load the generator of a run's last epoch, or of its best one, to draw with.
 
-    It takes noise (n, 100, 1, 1) on its device, returns images (n, 1, 28, 28) in [-1, 1], is in
-    eval mode and needs no gradient. Raises Failure if there is none or it is damaged.
+    Without a folder, it is the one that comes with the program. It takes noise (n, 100, 1, 1) on
+    its device, returns images (n, 1, 28, 28) in [-1, 1], is in eval mode, in fp32, and needs no
+    gradient. Raises Failure if there is none or it is damaged.
     """
-    path = Path(folder) / (BEST if best else CHECKPOINT)
+    path = EXAMPLE if folder is None else Path(folder) / (BEST if best else CHECKPOINT)
     return read_generator(path, torch.device(device))[0]
 
 
 # =========================================== commands ===========================================
 OUTPUT_DIR = Path("result")  # in the current folder
+EPOCHS = 10  # of a run, unless --epochs says otherwise
 THE_RUN = object()  # what --evaluate scores if no file is named: the run in the output folder
 
 
 class Run:
     """A run so far: all that its checkpoint holds and its pictures show."""
 
-    def __init__(self, gan: DCGAN, digits: Tensor) -> None:
+    def __init__(self, gan: DCGAN, digits: Tensor, epochs: int) -> None:
         self.gan = gan
+        self.epochs = epochs  # that it is to have in the end
         self.digits_sha256 = sha256_of(digits)
         self.real = digits[order_of_epoch(digits, gan.settings.seed, epoch=1)[:SAMPLES]]
         self.samples = torch.empty(0, SAMPLES, 28, 28, dtype=torch.uint8)  # after each epoch
@@ -1315,6 +1369,7 @@ class Run:
         """Return all that is needed to go on exactly."""
         return {
             **self.header(),
+            "epochs": self.epochs,
             **{name: part.state_dict() for name, part in self.gan.parts().items()},
             "samples": self.samples,
             "history": self.history,
@@ -1372,14 +1427,13 @@ def train(
         start = None
         if processes.rank == 0:
             start = read_run(options, folder) if options.resume else new_run(options, device)
-        settings, digits, checkpoint = processes.broadcast(start)
-        run = Run(DCGAN(settings, device), digits)
+        settings, digits, epochs, checkpoint = processes.broadcast(start)
+        run = Run(DCGAN(settings, device), digits, epochs)
         if checkpoint is not None:
             check_digits(run, checkpoint, options.data_dir)
             with damage_is_failure(folder.path / CHECKPOINT):
                 run.restore(checkpoint)
         check_batches(settings.batch_size, len(digits), processes.count)
-        epochs = 2 if settings.dry_run else options.epochs
         step = fastest_step(run.gan, processes)
         loop = train_epochs(run.gan, step, digits.to(device), epochs, options.log_every)
         if processes.rank > 0:
@@ -1389,28 +1443,36 @@ def train(
         if checkpoint is not None:
             folder.write_pictures(run.samples, run.real, run.history)  # if any are missing
         if run.gan.epoch >= epochs:
-            done = f"{folder.path} already holds epoch {run.gan.epoch}"
-            print(f"{done}; to go on, give a larger --epochs")
+            done = f"The run in {folder.path} already has {run.gan.epoch} epochs"
+            print(f"{done}; to add more, give a larger --epochs")
             return
-        scorer = find_scorer(run.digits_sha256, device)
-        if checkpoint is None:  # last, for it moves an earlier run away
+        if checkpoint is None:  # only now, for it moves an earlier run away
             folder.begin(settings.dry_run)
-        announce(settings, device, len(digits))
-        score_save_draw(run, loop, epochs, scorer, folder)
+            print_summaries()
+        scorer = find_scorer(run.digits_sha256, device)
+        announce(settings, device, len(digits), folder)
+        score_save_draw(run, loop, scorer, folder)
 
 
-def new_run(options: Namespace, device: torch.device) -> tuple[Settings, Tensor, None]:
-    """Return the settings and digits of a new run: what is given, the recipe's, the defaults."""
+def new_run(options: Namespace, device: torch.device) -> tuple[Settings, Tensor, int, None]:
+    """Return the settings, digits and number of epochs of a new run.
+
+    Settings are those given; what is not given comes from the recipe, and then from the defaults.
+    """
     given = given_settings(options)
     recipe = RECIPES[given.get("recipe", Settings.recipe)]
     precision = "bf16" if has_bf16(device) else "fp32"
     chosen = {"precision": precision} | recipe | given  # the last one wins
     settings = Settings(**chosen, dry_run=options.dry_run)
-    return settings, load_digits(options.data_dir, settings.split)[0], None
+    epochs = 2 if options.dry_run else options.epochs or EPOCHS
+    return settings, load_digits(options.data_dir, settings.split)[0], epochs, None
 
 
-def read_run(options: Namespace, folder: RunFolder) -> tuple[Settings, Tensor, dict]:
-    """Return the settings, digits and checkpoint of a run to go on with. Raises Failure."""
+def read_run(options: Namespace, folder: RunFolder) -> tuple[Settings, Tensor, int, dict]:
+    """Return the settings, digits, number of epochs and checkpoint of a run to go on with.
+
+    Raises Failure.
+    """
     checkpoint = folder.resume()
     settings = checkpoint["settings"]
     if settings.dry_run:
@@ -1418,8 +1480,11 @@ def read_run(options: Namespace, folder: RunFolder) -> tuple[Settings, Tensor, d
     for name, given in given_settings(options).items():
         kept = getattr(settings, name)
         if given != kept:
-            raise WrongInput(f"argument {flag(name)}: {given}, but the run has {kept}")
-    return settings, load_digits(options.data_dir, settings.split)[0], checkpoint
+            advice = "leave it out, or begin a new run without --resume"
+            raise WrongInput(f"argument {flag(name)}: {given}, but the run has {kept}: {advice}")
+    with damage_is_failure(folder.path / CHECKPOINT):
+        epochs = options.epochs or checkpoint["epochs"]
+    return settings, load_digits(options.data_dir, settings.split)[0], epochs, checkpoint
 
 
 def flag(name: str) -> str:
@@ -1464,18 +1529,17 @@ def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
     return scorer
 
 
-def announce(settings: Settings, device: torch.device, count: int) -> None:
-    """Print the networks' summaries, and where and on how many digits training begins."""
-    with torch.random.fork_rng(devices=[]):  # for summary runs the networks
-        summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
-        summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
+def announce(settings: Settings, device: torch.device, count: int, folder: RunFolder) -> None:
+    """Print on how many digits training begins, where it computes and what there will be to see."""
     if settings.precision == "bf16" and not has_bf16(device):
         print(f"warning: this {device.type} has no bf16 arithmetic, so fp32 is many times faster")
     print(f"Training on {count:,} digits on {device.type} in {settings.precision}")
+    if not settings.dry_run:
+        print(f"Look at {folder.path / TIMELINE} after each epoch")
 
 
 def score_save_draw(
-    run: Run, loop: Iterator[Tensor], epochs: int, scorer: Scorer | None, folder: RunFolder
+    run: Run, loop: Iterator[Tensor], scorer: Scorer | None, folder: RunFolder
 ) -> None:
     """Take the training loop to its end; after each epoch: score, save, draw."""
     gan = run.gan
@@ -1489,7 +1553,7 @@ def score_save_draw(
             saved = gan.epoch
             folder.write_pictures(run.samples, run.real, run.history)
             taken = time.perf_counter() - start
-            left = taken / (saved - first) * (epochs - saved)
+            left = taken / (saved - first) * (run.epochs - saved)
             print(
                 f"saved to {folder.path} after {tqdm.format_interval(taken)}, "
                 f"{tqdm.format_interval(left)} left"
@@ -1502,13 +1566,29 @@ def score_save_draw(
         raise Stopped(signum, message) from interrupt
     if gan.settings.dry_run:
         print("The dry run went well: it read digits, trained, saved and drew")
+        print("After so few steps, digits and scores say nothing")
     elif run.best_epoch:
         print(f"The best epoch was {run.best_epoch}: {BEST}, for --generate N --best")
 
 
-def generate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
-    """Draw digits with a trained generator, of all kinds or of one."""
+def generator_file(options: Namespace, folder: RunFolder) -> Path:
+    """Return the file of the generator to draw with: that of the run's last or best epoch.
+
+    Without a run, and if no folder is named, it is the one that comes with the program.
+    """
+    path = folder.path / (BEST if options.best else CHECKPOINT)
+    if options.output_dir is None and not folder.has_run() and EXAMPLE.exists():
+        print(f"{folder.path} holds no run: using the generator included, {EXAMPLE}")
+        return EXAMPLE
+    if options.best and not path.exists() and (folder.path / CHECKPOINT).exists():
+        raise WrongInput(f"argument --best: the run in {folder.path} has no scores; leave it out")
+    return path
+
+
+def generate(options: Namespace, device: torch.device, folder: RunFolder) -> list[str]:
+    """Draw digits with a trained generator, of all kinds or of one; return the files' names."""
     generator, checkpoint = read_generator(generator_file(options, folder), device)
+    folder.make()
     precision = checkpoint["settings"].precision
     if options.digit is None:
         digits = draw(generator, drawing_noise(options.generate, options), precision)
@@ -1518,6 +1598,7 @@ def generate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
         np.save(file, digits.numpy())
     with folder.writing(GENERATED) as file:
         grid(digits[:100]).save(file, "PNG")
+    return [GENERATED, GENERATED_DIGITS]
 
 
 def draw_one_kind(generator: Generator, precision: str, options: Namespace) -> Tensor:
@@ -1528,7 +1609,7 @@ def draw_one_kind(generator: Generator, precision: str, options: Namespace) -> T
     classifier = load_classifier(read_scorer(), next(generator.parameters()).device)
     noise = random_stream(drawing_seed(options), DRAWING)
     found = torch.empty(0, 28, 28, dtype=torch.uint8)
-    with tqdm(total=options.generate, unit="digit", leave=False, disable=None) as progress:
+    with progress_bar(total=options.generate, unit="digit") as progress:
         while len(found) < options.generate:
             z = torch.randn(2000, LATENT_DIM, 1, 1, generator=noise)
             drawn = draw(generator, z, precision)
@@ -1542,13 +1623,15 @@ def draw_one_kind(generator: Generator, precision: str, options: Namespace) -> T
     return found[: options.generate]
 
 
-def interpolate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
-    """Draw ten walks from one digit to another, one a row."""
+def interpolate(options: Namespace, device: torch.device, folder: RunFolder) -> list[str]:
+    """Draw ten walks from one digit to another, one a row; return the file's name."""
     generator, checkpoint = read_generator(generator_file(options, folder), device)
+    folder.make()
     z = drawing_noise(20, options)
     digits = draw(generator, walk(z[:10], z[10:]), checkpoint["settings"].precision)
     with folder.writing(INTERPOLATION) as file:
         grid(digits).save(file, "PNG")
+    return [INTERPOLATION]
 
 
 def walk(a: Tensor, b: Tensor) -> Tensor:
@@ -1561,8 +1644,8 @@ def walk(a: Tensor, b: Tensor) -> Tensor:
     return (((angle - t).sin() * a[:, None] + t.sin() * b[:, None]) / angle.sin()).flatten(0, 1)
 
 
-def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> None:
-    """Score 10,000 digits of a trained generator, or those in a file."""
+def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> list[str]:
+    """Score 10,000 digits of a trained generator, or those in a file; return the files' names."""
     content = read_scorer()
     if options.evaluate is THE_RUN:
         path = generator_file(options, folder)
@@ -1605,6 +1688,7 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> Non
         file.write(json.dumps(report, indent=1).encode())
     with folder.writing(NEAREST) as file:
         nearest(digits, real).save(file, "PNG")
+    return [SCORE, NEAREST]
 
 
 def score_table(scores: dict[str, float], floor: dict[str, float]) -> str:
@@ -1626,11 +1710,6 @@ def drawing_noise(count: int, options: Namespace) -> Tensor:
     return make_noise(count, drawing_seed(options), DRAWING)
 
 
-def generator_file(options: Namespace, folder: RunFolder) -> Path:
-    """Return the file with the generator of a run's last or best epoch."""
-    return folder.path / (BEST if options.best else CHECKPOINT)
-
-
 def read_digits(path: Path) -> Tensor:
     """Read digits (n, 28, 28) of uint8 that numpy has saved. Raises WrongInput."""
     try:
@@ -1644,6 +1723,14 @@ def read_digits(path: Path) -> Tensor:
 
 
 # ========================================= command line =========================================
+EXAMPLES = f"""\
+examples:
+  python {PROGRAM} --epochs 10               train, ten times on every digit
+  python {PROGRAM} --resume --epochs 20      add ten epochs to that run
+  python {PROGRAM} --generate 50 --digit 7   draw fifty sevens
+"""
+
+
 class Parser(ArgumentParser):
     """A parser that leaves it to ``main`` to print an error and to end the program."""
 
@@ -1673,38 +1760,49 @@ def add_training_flags(group: _ArgumentGroup) -> None:
     group.add_argument(
         "--recipe",
         choices=list(RECIPES),
-        help="training as published, or with other defaults: tuned for the best digits, quick for "
-        f"readable ones after two epochs (default: {Settings.recipe})",
+        help=f"article: plain DCGAN; tuned: the best digits, with {flags_of_recipe('tuned')}; "
+        f"quick: digits in two epochs, with {flags_of_recipe('quick')}; flags given beside a "
+        f"recipe win (default: {Settings.recipe})",
     )
     group.add_argument(
         "--batch-size",
         type=number_between(int, 1, 60_000),
+        metavar="N",
         help=f"digits in a training step (default: {Settings.batch_size})",
     )
     add_optimizer_flags(group)
     group.add_argument(
         "--generator-steps",
         type=number_between(int, 1, 10),
-        help="updates of the generator in a training step, each on noise of its own "
+        metavar="N",
+        help="updates of the generator in a training step, 1 to 10, each on noise of its own "
         f"(default: {Settings.generator_steps})",
     )
     group.add_argument(
         "--ema",
         type=number_between(float, 0.0, 0.5),
-        help="all digits are drawn with an average of the generator's weights, which spans this "
-        f"share of the steps so far; 0: no average (default: {Settings.ema})",
+        metavar="X",
+        help="share of the steps so far, 0 to 0.5, over which the generator's weights are averaged "
+        f"for drawing; 0: no average (default: {Settings.ema})",
     )
     group.add_argument(
         "--seed",
         type=number_between(int, 0, 2**32 - 1),
-        help=f"where all random numbers start (default: {Settings.seed})",
+        metavar="N",
+        help="where random numbers start; with --generate, --interpolate and --evaluate, those of "
+        f"the noise (default: {Settings.seed})",
     )
     group.add_argument(
         "--split",
         choices=["test", "train"],
-        help="MNIST's 10,000 test digits or its 60,000 training digits "
+        help="train on MNIST's 10,000 test digits or its 60,000 training digits "
         f"(default: {Settings.split})",
     )
+
+
+def flags_of_recipe(name: str) -> str:
+    """Return the flags that a recipe stands for, as one would type them."""
+    return " ".join(f"{flag(setting)} {value}" for setting, value in RECIPES[name].items())
 
 
 def add_optimizer_flags(group: _ArgumentGroup) -> None:
@@ -1712,16 +1810,19 @@ def add_optimizer_flags(group: _ArgumentGroup) -> None:
     group.add_argument(
         "--lr",
         type=number_between(float, 1e-8, 1.0),
+        metavar="X",
         help=f"learning rate of both networks (default: {Settings.lr})",
     )
     group.add_argument(
         "--beta1",
         type=number_between(float, 0.0, 0.9999),
+        metavar="X",
         help=f"Adam's decay rate of the mean gradient (default: {Settings.beta1})",
     )
     group.add_argument(
         "--beta2",
         type=number_between(float, 0.0, 0.999999),
+        metavar="X",
         help=f"Adam's decay rate of the mean squared gradient (default: {Settings.beta2})",
     )
 
@@ -1731,25 +1832,29 @@ def add_run_flags(group: _ArgumentGroup) -> None:
     group.add_argument(
         "--epochs",
         type=number_between(int, 1, 100_000),
-        default=10,
-        help="how often to see every digit (default: 10)",
+        metavar="N",
+        help="how often to train on every digit; with --resume, as many as the run was to have "
+        f"(default: {EPOCHS})",
     )
     group.add_argument(
         "--output-dir",
         type=Path,
+        metavar="DIR",
         help=f"folder for everything that is written (default: {OUTPUT_DIR})",
     )
     group.add_argument(
         "--data-dir",
         type=Path,
         default=BUNDLED,
-        help="folder of the digits' files (default: MNIST beside the program)",
+        metavar="DIR",
+        help="folder with the files of the digits (default: MNIST, beside the program)",
     )
     group.add_argument(
         "--log-every",
         type=number_between(int, 1, 10**6),
         default=100,
-        help="steps from one log line to the next (default: 100)",
+        metavar="N",
+        help="steps from one line of the log to the next (default: 100)",
     )
     group.add_argument(
         "--resume",
@@ -1759,8 +1864,10 @@ def add_run_flags(group: _ArgumentGroup) -> None:
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="two epochs of three steps, to check an installation (default: off)",
+        help="check an installation: two epochs of three steps, in a temporary folder unless "
+        "--output-dir names one (default: off)",
     )
+    group.add_argument("-h", "--help", action="help", help="print this page and end (default: off)")
 
 
 def add_hardware_flags(group: _ArgumentGroup) -> None:
@@ -1769,13 +1876,13 @@ def add_hardware_flags(group: _ArgumentGroup) -> None:
         "--device",
         choices=["auto", "cpu", "cuda", "mps"],
         default="auto",
-        help="where to compute; auto: on a GPU if there is one (default: auto)",
+        help="auto: a GPU if there is one (default: auto)",
     )
     group.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="auto: bf16 where the hardware has it (default: auto)",
+        help="auto: bf16 where the hardware computes in it (default: auto)",
     )
 
 
@@ -1791,7 +1898,8 @@ def add_drawing_flags(group: _ArgumentGroup) -> None:
         "--digit",
         type=number_between(int, 0, 9),
         metavar="D",
-        help="with --generate N: draw only the digit D, from 0 to 9 (default: all ten)",
+        help="with --generate: only the digit D, 0 to 9, as the scorer recognises it with a "
+        "probability of at least 0.9 (default: all ten)",
     )
     group.add_argument(
         "--interpolate",
@@ -1804,22 +1912,32 @@ def add_drawing_flags(group: _ArgumentGroup) -> None:
         nargs="?",
         const=THE_RUN,
         metavar="FILE",
-        help="score 10,000 digits, or those in the .npy file named (default: off)",
+        help="score 10,000 digits, or those in an .npy file, uint8 of shape (n, 28, 28), of a "
+        "model that was trained on --split (default: off)",
     )
     group.add_argument(
         "--best",
         action="store_true",
-        help="use the generator of the best epoch (default: of the last epoch)",
+        help="use the generator of the epoch with the lowest FD (default: of the last epoch)",
     )
 
 
 def parse_options(argv: list[str] | None) -> Namespace:
     """Read a command line, the process's own if None. Raises WrongInput."""
-    parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(
+        usage=f"python {PROGRAM} [flags]",
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLES,
+        formatter_class=RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
     add_training_flags(parser.add_argument_group("training", argument_default=SUPPRESS))
     add_run_flags(parser.add_argument_group("run"))
     add_hardware_flags(parser.add_argument_group("hardware"))
-    add_drawing_flags(parser.add_argument_group("drawing: train nothing, use a trained generator"))
+    add_drawing_flags(
+        parser.add_argument_group("drawing", "Use a trained generator, train nothing.")
+    )
     options = parser.parse_args(argv)
     names = ("resume", "dry_run", "generate", "interpolate", "evaluate")
     modes = [flag(name) for name in names if getattr(options, name)]
@@ -1936,8 +2054,8 @@ def run_command(options: Namespace, processes: Processes) -> None:
         if command is None:
             train(options, device, folder, processes)
         elif processes.rank == 0:
-            command(options, device, folder)
-            print(f"saved to {folder.path}")
+            names = command(options, device, folder)
+            print(f"saved {' and '.join(str(folder.path / name) for name in names)}")
 
 
 def last_line(kind: str, message: object, rank: int) -> None:
@@ -1970,6 +2088,8 @@ def main(argv: list[str] | None = None) -> int:
             stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
             last_line("stopped", stopped, rank)
             return 128 + stopped.signum
+        except SystemExit:  # of argparse, after --help
+            return 0
 
 
 if __name__ == "__main__":

@@ -258,8 +258,8 @@ def run_record(seed: int, folder: str) -> tuple[float, nn.Module]:
 def settings_of_record(device: torch.device) -> tuple[dcgan_mnist.Settings, int]:
     """Return the record's settings, and how many steps it takes."""
     options = dcgan_mnist.parse_options(list(RECORD))
-    settings, digits, _ = dcgan_mnist.new_run(options, device)
-    return settings, options.epochs * math.ceil(len(digits) / settings.batch_size)
+    settings, digits, epochs, _ = dcgan_mnist.new_run(options, device)
+    return settings, epochs * math.ceil(len(digits) / settings.batch_size)
 
 
 def time_to_quality(device: torch.device, folder: str) -> None:

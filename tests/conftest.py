@@ -13,10 +13,14 @@ torch.set_num_threads(1)  # the tests run in two processes, see .pytest.ini
 
 
 @pytest.fixture
-def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the program's networks small enough for a CPU to train in milliseconds."""
+def small_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Make the program's networks small enough for a CPU to train in milliseconds.
+
+    There is then no generator that comes with the program, since its networks are not small.
+    """
     monkeypatch.setattr(dcgan_mnist, "WIDTH", 4)
     monkeypatch.setattr(dcgan_mnist, "LATENT_DIM", 8)
+    monkeypatch.setattr(dcgan_mnist, "EXAMPLE", tmp_path / "included" / "generator.pt")
 
 
 @pytest.fixture

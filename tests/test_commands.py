@@ -199,11 +199,27 @@ def test_a_run_goes_on_with_no_other_digits_than_its_own(
     assert_same_run("result", whole)
 
 
+@pytest.mark.usefixtures("mean_scorer")
+def test_resume_alone_goes_on_to_the_epochs_that_the_run_was_to_have(run, monkeypatch):
+    run(*THREE_STEPS, "--epochs", 3, "--output-dir", "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        run(*THREE_STEPS, "--epochs", 3)
+    assert saved()["epoch"] == 1
+    assert run("--resume").code == 0
+    assert_same_run("result", "whole")
+    assert saved()["epochs"] == saved("whole")["epochs"] == 3
+    assert run("--resume", "--epochs", 4).code == 0
+    outcome = run("--resume")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "result already has 4 epochs" in outcome.out
+
+
 def test_a_finished_run_says_so_and_stays_as_it_is(run, whole: Path):
     shutil.copytree(whole, "result")
     outcome = run("--resume", "--epochs", 4)
     assert (outcome.code, outcome.err) == (0, "")
-    assert "result already holds epoch 4" in outcome.out
+    assert "result already has 4 epochs" in outcome.out
     assert "larger --epochs" in outcome.out
     assert contents("result") == contents(whole)
 
@@ -572,7 +588,8 @@ def test_generate_draws_digits_without_training(run):
     before = contents(".")
     outcome = run("--generate", 123)
     assert (outcome.code, outcome.err) == (0, "")
-    assert "saved to result" in outcome.out
+    paths = [Path("result", name) for name in ("generated.png", "generated.npy")]
+    assert outcome.out == f"saved {paths[0]} and {paths[1]}\n"
     after = contents(".")
     assert set(after) - set(before) == {"result/generated.npy", "result/generated.png"}
     assert after.items() >= before.items()
@@ -902,7 +919,7 @@ def test_a_new_run_does_not_draw_with_the_best_generator_of_an_earlier_one(
     monkeypatch.setattr(dcgan_mnist, "SPLIT_OF_DIGITS", {})  # the next one goes without scores
     run(*THREE_STEPS, "--epochs", 1)
     outcome = run("--generate", 3, "--best")
-    assert outcome.is_one_line(1, f"error: there is no {Path('result/generator_best.pt')}")
+    assert outcome.is_one_line(2, "error: argument --best: the run in result has no scores")
 
 
 @pytest.mark.parametrize("argv", [[], ["--resume"], ["--dry-run"], ["--evaluate", "digits.npy"]])

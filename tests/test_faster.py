@@ -286,7 +286,7 @@ def second_of_two(connection: FakeConnection, monkeypatch: pytest.MonkeyPatch) -
     """Let this process take itself for the second of two, and be told what to train on."""
 
     def receive(values: list) -> None:
-        values[0] = (Settings(batch_size=20), torch.zeros(60, 28, 28, dtype=torch.uint8), None)
+        values[0] = (Settings(batch_size=20), torch.zeros(60, 28, 28, dtype=torch.uint8), 1, None)
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(distributed, "broadcast_object_list", receive)

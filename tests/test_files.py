@@ -182,9 +182,10 @@ def test_the_command_that_goes_on_with_a_moved_run_is_named_and_works(run, folde
     run(*THREE_STEPS, "--epochs", 1, "--output-dir", folder)
     out = run(*THREE_STEPS, "--epochs", 1, "--seed", 2, "--output-dir", folder).out
     new = contents(folder)["checkpoint.pt"]
-    command = re.search(r"^To go on with it: (.*)$", out, re.MULTILINE)[1]
-    program, *argv = shlex.split(command)
-    assert program == "dcgan_mnist.py"
+    command = re.search(r"^To go on with that run: (.*)$", out, re.MULTILINE)[1]
+    python, program, *argv = shlex.split(command)
+    assert python == "python"
+    assert Path(program) == ROOT / "dcgan_mnist.py"
     outcome = run(*argv, "--epochs", 2)
     assert (outcome.code, outcome.err) == (0, "")
     assert_same_run(Path(folder, "previous_001"), "whole")
@@ -290,12 +291,25 @@ def test_half_written_files_of_a_killed_run_are_removed(run, earlier_run: dict[s
 
 
 # ----------------------------------------- what is written ----------------------------------------
+def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Let Ctrl-C come in an epoch of three steps."""
+
+    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
+        if step == 3 * epoch - 1:
+            signal.raise_signal(signal.SIGINT)
+        return stats
+
+    change_steps(monkeypatch, change)
+
+
 @pytest.mark.usefixtures("mean_scorer")
-def test_at_no_moment_of_a_run_is_a_file_half_written(run):
+def test_at_no_moment_of_a_run_is_a_file_half_written(run, monkeypatch: pytest.MonkeyPatch):
     whole: dict[str, set[bytes]] = {}  # what each file holds after an epoch
-    for epochs in (1, 2, 3):
-        run(*THREE_STEPS, "--epochs", epochs, "--output-dir", epochs)
-        for name, content in contents(str(epochs)).items():
+    for epoch in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            stop_in_epoch(patch, epoch + 1)
+            run(*THREE_STEPS, "--epochs", 3, "--output-dir", epoch)
+        for name, content in contents(str(epoch)).items():
             whole.setdefault(name, set()).add(content)
     moments = 0
     torn = set()
@@ -545,7 +559,7 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path):
     gan = new_gan(seed=3, lr=0.01)
     dcgan_mnist.training_step(gan, *batch())
     gan.epoch = 1
-    run = dcgan_mnist.Run(gan, torch.zeros(60, 28, 28, dtype=torch.uint8))
+    run = dcgan_mnist.Run(gan, torch.zeros(60, 28, 28, dtype=torch.uint8), epochs=3)
     run.best_epoch = 1
     content = run.checkpoint()
     best = run.best_generator()

@@ -494,7 +494,7 @@ def test_real_collapses_are_warned_of_and_the_healthy_run_before_them_is_not(
     monkeypatch.setattr(dcgan_mnist, "WIDTH", 8)
     settings = dcgan_mnist.Settings(beta2=0.99, seed=1)
     digits = load_digits(BUNDLED, "test")[0][:2000]
-    healthy = dcgan_mnist.Run(dcgan_mnist.DCGAN(settings, CPU), digits)
+    healthy = dcgan_mnist.Run(dcgan_mnist.DCGAN(settings, CPU), digits, epochs=6)
     go_on(healthy, 3, lr_g=0.03, lr_d=0.03)
     assert "warning" not in capsys.readouterr().out
     diverging = copy.deepcopy(healthy)

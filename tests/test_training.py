@@ -246,7 +246,7 @@ def test_a_run_that_diverges_keeps_the_last_sound_checkpoint(run, monkeypatch):
     change_steps(monkeypatch, lambda step, stats: stats * INFINITE if step == 8 else stats)
     outcome = run(*THREE_STEPS, "--epochs", 4)
     assert outcome.is_one_line(1, "error: training diverged at step 2 of Epoch 3/4", "--lr")
-    assert contents("result")["checkpoint.pt"] == contents("whole")["checkpoint.pt"]
+    assert_same_run("result", "whole")
 
 
 @pytest.mark.parametrize("name", ["generator", "discriminator"])
