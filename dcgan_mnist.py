@@ -1109,7 +1109,7 @@ def command_line(*arguments: object) -> str:
     path = Path(__file__).resolve()
     script = path.name if path.parent == Path.cwd() else path
     words = ["python", *(str(word) for word in (script, *arguments))]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 class RunFolder:
@@ -1122,7 +1122,7 @@ class RunFolder:
     def has_run(self) -> bool:
         """Tell whether the folder holds a run, be it one that was moved into a folder below it."""
         runs = [self.path / CHECKPOINT, *self.path.glob(f"previous_*/{CHECKPOINT}")]
-        return any(os.path.exists(path) for path in runs)
+        return any(path.exists() for path in runs)
 
     def begin(self, dry_run: bool) -> None:
         """Make and lock the folder, and move the files of an earlier run into one below it.
@@ -1142,7 +1142,7 @@ class RunFolder:
 
     def resume(self) -> dict:
         """Lock the folder and return the checkpoint of its run. Raises Failure."""
-        if os.path.isdir(self.path):
+        if self.path.is_dir():
             self.make()
             self.lock()
         return read_checkpoint(self.path / CHECKPOINT)
@@ -1153,8 +1153,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError("no permission to write")
-        except (OSError, ValueError) as error:  # ValueError: no file can have this name
-            reason = getattr(error, "strerror", None) or error
+        except OSError as error:
+            reason = error.strerror or error
             raise WrongInput(
                 f"argument --output-dir: {self.path} cannot be used: {reason}"
             ) from error
@@ -1273,7 +1273,7 @@ class RunFolder:
 
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint or a best generator. Raises Failure if it is missing or damaged."""
-    if not os.path.exists(path):  # path.exists() fails on names that are too long
+    if not path.exists():
         advice = "train first, or name another --output-dir"
         moved = sorted(path.parent.glob(f"previous_*/{path.name}"))
         if moved:  # by a run that then ended before its first epoch did
@@ -2033,7 +2033,19 @@ def output_folder(options: Namespace) -> Iterator[Path]:
             yield Path(path)
         print("The dry run's temporary folder is removed")
     else:
-        yield options.output_dir or OUTPUT_DIR
+        path = options.output_dir or OUTPUT_DIR
+        check_folder_name(path)
+        yield path
+
+
+def check_folder_name(path: Path) -> None:
+    """Raise WrongInput if there can be no folder of this name, one that is too long for example."""
+    try:
+        path.stat()
+    except FileNotFoundError:  # it can be made
+        pass
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"argument --output-dir: {path} cannot be used: {error}") from error
 
 
 def run_command(options: Namespace, processes: Processes) -> None:

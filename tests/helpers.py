@@ -1,10 +1,12 @@
 """What several test files share: files in MNIST's format, small networks, looks at a run."""
 
+import importlib.util
 import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -55,6 +57,14 @@ class Outcome:
     def warnings(self) -> list[str]:
         """Return the lines of the log that warn."""
         return [line for line in self.out.splitlines() if line.startswith("warning: ")]
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import a script that lies in no folder of modules."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_idx(path: Path, values: torch.Tensor) -> None:

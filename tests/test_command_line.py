@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,10 +121,18 @@ def test_wrong_input_does_not_touch_an_earlier_run(run):
     assert contents(".") == before
 
 
-@pytest.mark.parametrize("target", ["file", "file/below", "x" * 300])
+@pytest.mark.parametrize("target", ["file", "file/below", "x" * 300, "a\0b"])
 def test_an_output_folder_that_cannot_be_is_refused(run, target: str):
     Path("file").write_text("mine")
     assert run("--output-dir", target).is_one_line(2, "--output-dir", str(Path(target)))
+    assert contents(".") == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "file/below"])
+@pytest.mark.parametrize("command", [["--resume"], ["--generate", 3], ["--interpolate"]])
+def test_a_name_that_no_folder_can_have_is_refused_by_every_command(run, command: list, name: str):
+    Path("file").write_text("mine")
+    assert run(*command, "--output-dir", name).is_one_line(2, "error: argument --output-dir: ")
     assert contents(".") == {"file": b"mine"}
 
 
@@ -430,8 +439,10 @@ def test_a_console_that_lacks_characters_shows_escapes_instead(
     assert saved(FOLDER)["epoch"] == 1
 
 
-def test_a_process_whose_console_lacks_characters_ends_well(tmp_path: Path, data_dir: Path):
-    encoding = "cp932"
+@pytest.mark.parametrize("encoding", SHOWN)
+def test_a_process_whose_console_lacks_characters_ends_well(
+    tmp_path: Path, data_dir: Path, encoding: str
+):
     command = [sys.executable, ROOT / "tests" / "small_program.py", "--data-dir", data_dir]
     command += ["--epochs", "1", "--device", "cpu", "--output-dir", FOLDER]
     changes = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
@@ -452,6 +463,19 @@ def test_a_failure_too_is_said_on_a_console_that_lacks_characters(
     console.flush()
     line = console.buffer.getvalue().decode(encoding)
     assert line.startswith(f"dcgan_mnist.py: error: there is no {SHOWN[encoding]}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows may not allow paths so long")
+def test_long_folders_whose_names_are_not_ascii_serve_for_digits_and_output(run, data_dir: Path):
+    digits = Path(*["数字" * 20] * 5)
+    shutil.copytree(data_dir, digits)
+    output = Path(*["résultat" * 10] * 5)
+    assert min(len(str(digits.absolute())), len(str(output))) > 260
+    folders = ("--data-dir", digits, "--output-dir", output)
+    for command in ([*THREE_STEPS, "--epochs", 1], ["--resume", "--epochs", 2], ["--generate", 3]):
+        outcome = run(*command, *folders)
+        assert (outcome.code, outcome.err) == (0, "")
+    assert set(contents(output)) == RUN_FILES | {"generated.npy", "generated.png"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")

@@ -34,6 +34,7 @@ from helpers import (
     contents,
     digits_in,
     grey_curves,
+    load_script,
     saved,
     size_of,
     write_idx,
@@ -93,6 +94,7 @@ def test_a_resumed_run_in_bf16_ends_bit_identical(run):
     assert_same_run("result", "whole")
 
 
+@pytest.mark.usefixtures("included")
 def test_where_a_run_ended_before_its_first_epoch_the_earlier_one_is_named(
     run, monkeypatch: pytest.MonkeyPatch
 ):
@@ -748,6 +750,79 @@ def test_drawing_needs_a_trained_generator_and_leaves_nothing_without(
     path = Path("result", name)
     assert run(*command, *best).is_one_line(1, f"error: there is no {path}", "train first")
     assert not any(Path().iterdir())
+
+
+# -------------------------------------- the included generator ------------------------------------
+@pytest.fixture
+def included(run) -> Path:
+    """A small trained generator in the place of the one that comes with the program."""
+    maker = load_script(ROOT / "result" / "example" / "make_example.py")
+    run(*THREE_STEPS, "--epochs", 2, "--lr", 0.02, "--precision", "bf16", "--output-dir", "trained")
+    dcgan_mnist.EXAMPLE.parent.mkdir()
+    checkpoint = dcgan_mnist.read_checkpoint(Path("trained/checkpoint.pt"))
+    torch.save(maker.rounded(checkpoint), dcgan_mnist.EXAMPLE)
+    shutil.move("trained", dcgan_mnist.EXAMPLE.parent)
+    return dcgan_mnist.EXAMPLE
+
+
+def drawn_by(generator: dcgan_mnist.Generator, count: int) -> np.ndarray:
+    """Return the digits that --generate draws with a generator in fp32."""
+    z = dcgan_mnist.make_noise(count, 0, dcgan_mnist.DRAWING)
+    return dcgan_mnist.draw(generator, z).numpy()
+
+
+@pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.parametrize("best", [[], ["--best"]])
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (["--generate", 3], ["generated.npy", "generated.png"]),
+        (["--interpolate"], ["interpolation.png"]),
+        (["--evaluate"], ["nearest.png", "score.json"]),
+    ],
+)
+def test_without_a_run_the_included_generator_draws_and_one_line_says_so(
+    run, included: Path, command: list, names: list[str], best: list[str]
+):
+    outcome = run(*command, *best)
+    assert (outcome.code, outcome.err) == (0, "")
+    line = f"result holds no run: using the generator included, {included}"
+    assert outcome.out.splitlines().count(line) == 1
+    assert list(contents(".")) == [f"result/{name}" for name in names]
+
+
+def test_the_included_generator_is_that_of_its_run_with_rounded_weights(included: Path):
+    run = dcgan_mnist.load_generator(included.parent / "trained").state_dict()
+    loaded = dcgan_mnist.load_generator().state_dict()
+    for name, weight in dcgan_mnist.read_checkpoint(included)["average"].items():
+        assert weight.dtype in (torch.float16, torch.int64)
+        assert loaded[name].dtype == run[name].dtype
+        assert torch.equal(loaded[name], run[name].to(weight.dtype).to(run[name].dtype))
+    assert dcgan_mnist.read_checkpoint(included)["settings"].precision == "fp32"
+
+
+def test_the_included_generator_draws_the_same_digits_as_in_python(run, included: Path):
+    run("--generate", 20)
+    assert (drawn() == drawn_by(dcgan_mnist.load_generator(), 20)).all()
+
+
+def test_a_run_in_the_output_folder_comes_before_the_included_generator(run, included: Path):
+    run(*THREE_STEPS, "--epochs", 1, "--precision", "fp32")
+    outcome = run("--generate", 20)
+    assert "included" not in outcome.out
+    own = drawn_by(dcgan_mnist.load_generator("result"), 20)
+    assert (drawn() == own).all()
+    assert (own != drawn_by(dcgan_mnist.load_generator(), 20)).any()
+
+
+@pytest.mark.parametrize("folder", ["named", "result"])
+def test_a_named_folder_without_a_run_stays_an_error(run, included: Path, folder: str):
+    Path("named").mkdir()
+    path = Path(folder, "checkpoint.pt")
+    for command in (["--generate", 3], ["--interpolate"], ["--evaluate"]):
+        outcome = run(*command, "--output-dir", folder)
+        assert outcome.is_one_line(1, f"error: there is no {path}", "train first")
+    assert contents(".") == {}
 
 
 # --------------------------------------------- evaluate -------------------------------------------

@@ -35,7 +35,7 @@ from helpers import (
 )
 
 import dcgan_mnist
-from dcgan_mnist import DCGAN, Failure, Generator, RunFolder, Settings, load_generator
+from dcgan_mnist import Failure, Generator, RunFolder, Settings, load_generator
 
 DRAWN = sorted(RUN_FILES - {"checkpoint.pt"})
 SOURCE, FIRST_LINE = inspect.getsourcelines(RunFolder)
@@ -183,13 +183,28 @@ def test_the_command_that_goes_on_with_a_moved_run_is_named_and_works(run, folde
     out = run(*THREE_STEPS, "--epochs", 1, "--seed", 2, "--output-dir", folder).out
     new = contents(folder)["checkpoint.pt"]
     command = re.search(r"^To go on with that run: (.*)$", out, re.MULTILINE)[1]
-    python, program, *argv = shlex.split(command)
+    python, program, *argv = shlex.split(command, posix=sys.platform != "win32")
+    argv = [word.strip('"') for word in argv]  # of the shell of Windows
     assert python == "python"
     assert Path(program) == ROOT / "dcgan_mnist.py"
     outcome = run(*argv, "--epochs", 2)
     assert (outcome.code, outcome.err) == (0, "")
     assert_same_run(Path(folder, "previous_001"), "whole")
     assert contents(folder)["checkpoint.pt"] == new
+
+
+def test_a_command_is_quoted_for_the_shell_of_this_system(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert dcgan_mnist.command_line("--output-dir", "it's mine").endswith("""'it'"'"'s mine'""")
+    monkeypatch.setattr(sys, "platform", "win32")
+    command = dcgan_mnist.command_line("--output-dir", r"my runs\previous_001")
+    assert command.startswith("python ")
+    assert command.endswith(r'--output-dir "my runs\previous_001"')
+
+
+def test_beside_the_program_a_command_names_it_without_its_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert dcgan_mnist.command_line("--resume") == "python dcgan_mnist.py --resume"
 
 
 def test_drawings_without_a_checkpoint_are_moved_too_but_cannot_be_gone_on_with(run):
@@ -233,6 +248,7 @@ def test_an_earlier_run_that_cannot_be_moved_whole_stays_whole(
         stuck.add(name)
         outcome = run(*THREE_STEPS)
         assert outcome.is_one_line(1, "error: cannot move", "previous_001", "Permission denied")
+        assert "close what holds its files open" in outcome.err
         assert contents(".") == earlier_run
         assert not Path("result/previous_001").exists()
 
@@ -792,17 +808,3 @@ def test_no_generator_to_load_is_said(tmp_path: Path, best: bool):
     with pytest.raises(Failure, match="train first"):
         load_generator(tmp_path, best)
     assert contents(tmp_path) == {}
-
-
-def test_the_lines_of_the_readme_work(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    digits = torch.zeros(1, 28, 28, dtype=torch.uint8)
-    run = dcgan_mnist.Run(DCGAN(Settings(), torch.device("cpu")), digits)
-    folder = RunFolder(Path("result"))
-    folder.make()
-    folder.save(run.checkpoint(), best_generator=None)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = readme[readme.index("    import torch\n    from dcgan_mnist") :].split("\n\n")[0]
-    names: dict[str, object] = {}
-    exec("\n".join(line[4:] for line in lines.splitlines()), names)
-    assert names["images"].shape == (16, 1, 28, 28)

@@ -3,7 +3,6 @@
 import copy
 import functools
 import hashlib
-import importlib.util
 import itertools
 import math
 import re
@@ -20,6 +19,7 @@ from helpers import (
     THREE_STEPS,
     change_steps,
     contents,
+    load_script,
     write_idx,
     write_split,
 )
@@ -263,6 +263,20 @@ def test_a_digit_appears_from_two_in_a_hundred_on():
     assert score["evenness"] == pytest.approx(entropy / math.log(10))
 
 
+def test_the_included_generator_draws_good_digits_and_is_small():
+    assert dcgan_mnist.EXAMPLE.stat().st_size < 5_000_000
+    checkpoint = dcgan_mnist.read_checkpoint(dcgan_mnist.EXAMPLE)
+    assert dcgan_mnist.SPLIT_OF_DIGITS[checkpoint["digits_sha256"]] == "train"
+    assert checkpoint["settings"].recipe == "tuned"
+    generator = dcgan_mnist.load_generator()
+    assert {parameter.dtype for parameter in generator.parameters()} == {torch.float32}
+    z = dcgan_mnist.make_noise(dcgan_mnist.SCORED, 0, dcgan_mnist.DRAWING)
+    scores = Scorer(read_scorer(), "train", CPU)(dcgan_mnist.draw(generator, z))
+    assert scores["fd"] < 15  # real digits: 7.7
+    assert scores["digits"] == 10
+    assert scores["confident"] > 0.88
+
+
 def test_loading_the_classifier_touches_no_random_state():
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -274,9 +288,7 @@ def test_loading_the_classifier_touches_no_random_state():
 @pytest.fixture
 def maker(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """MNIST/make_scorer.py, set to learn 300 digits once; the other split has 100."""
-    spec = importlib.util.spec_from_file_location("maker", ROOT / "MNIST" / "make_scorer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(ROOT / "MNIST" / "make_scorer.py")
     counts = {"train": 300, "test": 100}
 
     def few(data_dir: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:

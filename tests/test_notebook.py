@@ -1,0 +1,101 @@
+"""The program in a notebook: README's lines in a real kernel, and interrupting a cell."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from helpers import ROOT, write_split
+from jupyter_client import BlockingKernelClient, KernelManager
+from jupyter_client.manager import start_new_kernel
+from nbclient import NotebookClient
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CELLS = re.search(r"^    import dcgan_mnist\n(?:    .+\n)+", README, re.MULTILINE)[0]
+TRAINING, PICTURE = re.split(r"^    (?=from PIL)", CELLS, flags=re.MULTILINE)
+# what differs from a user's notebook: small networks, few digits, and no scores of these
+SMALL = """
+import sys
+sys.path.insert(0, {program!r})
+import dcgan_mnist
+from pathlib import Path
+dcgan_mnist.WIDTH = 4
+dcgan_mnist.LATENT_DIM = 8
+dcgan_mnist.BUNDLED = Path({data!r})
+"""
+
+
+@pytest.fixture
+def small(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A cell that makes the program in the kernel small."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return SMALL.format(program=str(ROOT), data=str(data_dir))
+
+
+def test_a_notebook_shows_bar_log_and_timeline(small: str, data_dir: Path, tmp_path: Path):
+    write_split(data_dir, 100)
+    lines = [line.removeprefix("    ") for line in TRAINING.splitlines()]
+    cells = [small, "\n".join(lines), PICTURE.replace("    ", "")]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    _, training, picture = (cell.outputs for cell in notebook.cells)
+
+    *streams, result = training
+    assert {stream.name for stream in streams} == {"stdout"}
+    text = "".join(stream.text for stream in streams)
+    for epoch in ("Epoch 1/2", "Epoch 2/2"):
+        assert re.search(rf"\r{epoch}: +\d+%\|.*\| \d/2 \[.*step.*\]", text)
+    assert text.count("(1/2) ds_loss: ") == 2
+    assert result.data["text/plain"] == "0"
+    (shown,) = picture
+    assert shown.data["image/png"]
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
+    """A kernel that runs in an empty folder, and what talks to it."""
+    manager, client = start_new_kernel(cwd=tmp_path)
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def run_and_interrupt(
+    kernel: tuple[KernelManager, BlockingKernelClient], cell: str, when: str
+) -> tuple[dict[str, str], list[str]]:
+    """Run a cell and interrupt it when it prints something.
+
+    Return what it prints to each stream, and the names of the errors with which it ends.
+    """
+    manager, client = kernel
+    client.execute(cell)
+    printed = {"stdout": "", "stderr": ""}
+    errors = []
+    interrupted = False
+    while True:
+        message = client.get_iopub_msg(timeout=60)
+        content = message["content"]
+        if message["msg_type"] == "stream":
+            printed[content["name"]] += content["text"]
+        elif message["msg_type"] == "error":
+            errors.append(content["ename"])
+        elif content.get("execution_state") == "idle" and (interrupted or errors):
+            return printed, errors
+        if when in printed["stdout"] and not interrupted:
+            interrupted = True
+            manager.interrupt_kernel()
+
+
+def test_interrupting_a_cell_gives_one_line_and_the_kernels_own_interrupt_works_after_it(
+    small: str, kernel: tuple[KernelManager, BlockingKernelClient]
+):
+    training = f"{small}\nprint(dcgan_mnist.main(['--epochs', '100000', '--batch-size', '10']))"
+    printed, errors = run_and_interrupt(kernel, training, when="Epoch 3/")
+    assert errors == []
+    assert printed["stdout"].endswith("130\n")
+    assert re.fullmatch(
+        r"dcgan_mnist.py: stopped: epoch \d+ is saved; to go on, .* --resume\n", printed["stderr"]
+    )
+    _, errors = run_and_interrupt(kernel, "print('waiting')\nwhile True: pass", "waiting")
+    assert errors == ["KeyboardInterrupt"]

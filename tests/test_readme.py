@@ -1,0 +1,219 @@
+"""README.md: each of its commands works, and what it says of the program is so."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import LOG_LINE, ROOT, RUN_FILES, write_split
+
+import dcgan_mnist
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARK = (ROOT / "tests" / "benchmark.py").read_text(encoding="utf-8")
+CODE = re.findall(r"^    (\S.*)$", README, re.MULTILINE)  # lines of code
+CODE += re.findall(r"`([^`\n]+)`", README)  # code in the text
+CODE += re.findall(r"^record: (.*)$", README, re.MULTILINE)
+COMMANDS = {code for code in CODE if re.match(r"(pip|python|uv|torchrun) ", code)}
+SHOWN_ELSEWHERE = f"{dcgan_mnist.__doc__}\n{dcgan_mnist.EXAMPLES}"
+COMMANDS |= set(re.findall(r"^ +(python .*?)(?:   .*)?$", SHOWN_ELSEWHERE, re.MULTILINE))
+OTHER_COMMANDS = {
+    "pip install -r requirements.txt",
+    "python -m pytest",
+    "python tests/benchmark.py",
+    "python tests/benchmark.py --to-quality",
+    "torchrun --standalone --nproc-per-node=2 dcgan_mnist.py --epochs 10",
+}
+PROGRAM_COMMANDS = sorted(COMMANDS - OTHER_COMMANDS)
+DRAWS = ("--generate", "--interpolate", "--evaluate")
+
+
+def arguments(command: str) -> list[str]:
+    """Return the program's own arguments in a command; uv is taken for this Python."""
+    words = shlex.split(command)
+    program = words.index("dcgan_mnist.py")
+    assert words[:program] in (["python"], ["uv", "run"])
+    return words[program + 1 :]
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in PROGRAM_COMMANDS if not re.search("|".join(DRAWS), c)]
+)
+def test_a_command_that_trains_works_with_small_networks(run, data_dir: Path, command: str):
+    argv = arguments(command)
+    if "--resume" in argv:
+        assert run("--epochs", 1).code == 0
+    outcome = run(*argv)
+    assert (outcome.code, outcome.err) == (0, "")
+    if "--help" not in argv and "--dry-run" not in argv:
+        epochs = int(argv[argv.index("--epochs") + 1]) if "--epochs" in argv else 1
+        assert Path("result", dcgan_mnist.epoch_picture(epochs)).exists()
+
+
+@pytest.mark.parametrize("command", [c for c in PROGRAM_COMMANDS if re.search("|".join(DRAWS), c)])
+def test_a_command_that_draws_works_on_a_fresh_clone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+):
+    monkeypatch.setattr(dcgan_mnist, "EVALUATED", dcgan_mnist.SCORED)  # it takes a while
+    monkeypatch.chdir(tmp_path)
+    assert dcgan_mnist.main(arguments(command)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    first, *_, last = out.splitlines()
+    assert first.startswith("result holds no run: using the generator included")
+    for path in re.findall(r"(\S+\.\w+)(?: and |$)", last.removeprefix("saved ")):
+        assert Path(path).exists()
+    assert any(Path("result").iterdir())
+
+
+def test_readme_gives_no_commands_but_those_that_are_tried():
+    assert COMMANDS >= OTHER_COMMANDS
+    for command in PROGRAM_COMMANDS:
+        assert "dcgan_mnist.py" in command
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert 'pip" install --quiet -r requirements.txt' in ci
+    assert "python -m pytest" in ci
+
+
+SMALLER = {
+    "dcgan_mnist.py": {
+        "WIDTH = 128 ": "WIDTH = 4 ",
+        "LATENT_DIM = 100 ": "LATENT_DIM = 8 ",
+        "EVALUATED = 10_000 ": "EVALUATED = 100 ",
+    },
+    "tests/benchmark.py": {
+        "TEXTBOOK_STEPS = 2000 ": "TEXTBOOK_STEPS = 2 ",
+        "TEXTBOOK_SEEDS = (0, 1, 2)": "TEXTBOOK_SEEDS = (0, 1)",
+        "range(100, 110)": "range(100, 102)",
+        "torch.randn(len(real), 100, ": "torch.randn(len(real), 8, ",
+        "torch.randn(count, 100, ": "torch.randn(count, 8, ",
+        "Generator().apply": "Generator(8, 4).apply",
+        "Discriminator().apply": "Discriminator(4).apply",
+        "count = 2 if quick else 5": "count = 1",
+        "rounds = 4 if quick else 20": "rounds = 2",
+        "starts = 1 if quick else 5": "starts = 1",
+        'batch-size", "5000"': 'batch-size", "50"',
+    },
+}
+
+
+@pytest.fixture
+def small_clone(tmp_path: Path) -> Path:
+    """The repository with small networks and 100 digits, whose commands take seconds."""
+    clone = tmp_path / "clone"
+    (clone / "tests").mkdir(parents=True)
+    (clone / "result").mkdir()
+    for name, changes in SMALLER.items():
+        source = (ROOT / name).read_text(encoding="utf-8")
+        for original, smaller in changes.items():
+            assert source.count(original) == 1, original
+            source = source.replace(original, smaller)
+        (clone / name).write_text(source, encoding="utf-8")
+    write_split(clone / "MNIST", 100)
+    write_split(clone / "MNIST", 100, "train")
+    shutil.copy(dcgan_mnist.SCORER, clone / "MNIST")
+    return clone
+
+
+def output_of(command: str, folder: Path) -> str:
+    """Run a command as it stands, with this Python; return what it prints to stdout."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_torchrun_trains_with_the_readmes_command(small_clone: Path):
+    (command,) = (command for command in COMMANDS if command.startswith("torchrun"))
+    out = output_of(command, small_clone)
+    assert out.count("Epoch 10/10") == 1
+    assert (small_clone / "result" / "generated_epoch_010.png").exists()
+
+
+def test_the_benchmark_prints_the_figures_of_the_speed_table(small_clone: Path):
+    out = output_of("python tests/benchmark.py", small_clone)
+    for row in ("textbook loop, fp32", "this program, fp32", "this program, bf16"):
+        assert row in README
+        assert row in out
+    for figure in ("launch to the first step", "epoch's last step", "peak memory"):
+        assert figure in out
+
+
+def test_the_benchmark_prints_the_figures_of_the_record_and_draws_its_picture(small_clone: Path):
+    out = output_of("python tests/benchmark.py --to-quality", small_clone)
+    assert re.search(r"^textbook loop, fp32 +2 +2 ", out, re.MULTILINE)
+    assert re.search(r"^this program +2 +8 ", out, re.MULTILINE)
+    assert re.search(r"^\d of 2 seeds are at or below ", out, re.MULTILINE)
+    assert (small_clone / "result" / "same_time.png").exists()
+
+
+def test_readme_names_the_command_whose_time_to_quality_is_measured():
+    record = ast.literal_eval(re.search(r"^RECORD = (\(.*?\))", BENCHMARK, re.MULTILINE)[1])
+    assert re.findall(r"^record: (.*)", README, re.MULTILINE) == [
+        f"python dcgan_mnist.py {' '.join(record)}"
+    ]
+
+
+def test_the_lines_for_python_draw_with_the_included_generator():
+    lines = re.search(r"^    import torch\n(?:    .+\n)+", README, re.MULTILINE)[0]
+    names: dict[str, object] = {}
+    exec(lines.replace("    ", ""), names)
+    assert names["images"].shape == (16, 1, 28, 28)
+    assert names["images"].dtype == torch.float32
+    assert names["images"].abs().max() <= 1
+
+
+def test_readme_ends_with_the_help_page(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "88")
+    dcgan_mnist.main(["--help"])
+    page = capsys.readouterr().out
+    assert README.endswith(f"\n```\n{page.rstrip()}\n```\n")
+
+
+def test_readme_names_no_flag_that_is_not_there():
+    text = README.split("## Flags")[0]
+    for command in OTHER_COMMANDS:
+        text = text.replace(command, "")
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert named - {"--to-quality"} <= set(
+        re.findall(r"--[a-z][a-z0-9-]+", README.split("## Flags")[1])
+    )
+
+
+def test_readme_lists_every_file_a_run_writes():
+    for name in RUN_FILES - {"generated_epoch_002.png"}:
+        assert f"`{name}`" in README
+
+
+def test_readmes_log_lines_have_the_programs_form():
+    assert LOG_LINE.search(README)
+    score = dict.fromkeys(dcgan_mnist.SCORES, 1)
+    form = re.sub(r"\d+(\.\d+)?", "N", dcgan_mnist.SCORE_LINE.format(floor=1, **score))
+    assert form in re.sub(r"\d+(\.\d+)?", "N", README)
+
+
+def test_the_links_lead_to_files_that_are_there():
+    links = re.findall(r"\]\(([^):]+)\)", README)
+    assert len(links) > 4
+    for link in links:
+        assert (ROOT / link).exists(), link
