@@ -249,6 +249,14 @@ def test_the_log_names_the_time_left_after_each_epoch(run, monkeypatch):
     assert times.findall(out) == [("03:00", "06:00"), ("06:00", "03:00"), ("09:00", "00:00")]
 
 
+def test_the_log_names_a_picture_to_look_at_and_shows_the_networks_once(run):
+    out = run(*THREE_STEPS, "--epochs", 1, "--output-dir", "mine").out
+    assert Path(re.search(r"^Look at (.*) after each epoch$", out, re.MULTILINE)[1]).exists()
+    assert out.count("Total params") == 2
+    assert "Total params" not in run("--resume", "--epochs", 2, "--output-dir", "mine").out
+    assert "Look at" not in run("--dry-run").out  # its folder is removed
+
+
 # --------------------------------------------- stopping -------------------------------------------
 def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int, signum: int = signal.SIGINT) -> list[int]:
     """Let a signal come after a training step; return the list of steps that are taken."""
