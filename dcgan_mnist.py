@@ -21,12 +21,12 @@ Read the file from top to bottom. The algorithm comes first:
 
     networks             generator, discriminator, their first weights (weights_init), summaries
     settings             the numbers that shape a run
-    data                 the real digits, batches, noise
-    one training step    optimisers, loss, the two halves of the step, drawing
-    training             epochs, log, progress
+    data                 the real digits, their order in an epoch, random numbers
+    one training step    optimisers, loss, the two halves of the step; drawing from noise
+    training             epochs, batches and their noise, log
 
-The rest makes it a tool: speed, pictures, scores, files, commands, command line. README.md says
-which files are written, and when.
+The rest makes it a tool: speed, pictures (grids of digits), scores, files, commands, command line.
+README.md says which files are written, and when.
 """
 
 import copy
@@ -96,7 +96,7 @@ class WrongInput(Failure):
 class Stopped(KeyboardInterrupt):
     """The user or the system wants the program to end; the message says how to go on."""
 
-    def __init__(self, signum: int, message: str = "to begin again, run the same command") -> None:
+    def __init__(self, signum: int, message: str = "to start over, run the same command") -> None:
         super().__init__(message)
         self.signum = signum
 
@@ -122,7 +122,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(z).float()
+        return self.layers(z).float()  # layers that compute in bf16 return bf16
 
 
 class Discriminator(nn.Module):
@@ -169,7 +169,7 @@ def weights_init(m: nn.Module) -> None:
 
 def print_summaries() -> None:
     """Print the layers of both networks, the shapes of what they return, and their sizes."""
-    with torch.random.fork_rng(devices=[]):  # for summary runs the networks
+    with torch.random.fork_rng(devices=[]):  # because summary runs the networks
         summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
         summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
 
@@ -193,7 +193,7 @@ class Settings:
 
 
 RECIPES = {  # defaults that differ from those above
-    "article": {},  # as the program was published
+    "article": {},  # as articles and tutorials train it
     "tuned": {"lr": 0.002, "beta2": 0.99, "generator_steps": 2},  # the best digits
     "quick": {"lr": 0.002, "beta2": 0.99, "batch_size": 25},  # readable digits in two epochs
 }
@@ -234,7 +234,9 @@ def folder_of_digits(data_dir: Path, prefix: str) -> Path | None:
         return usual
     found = sorted({path.parent for path in data_dir.rglob(pattern)})
     if len(found) > 1:
-        raise WrongInput(f"argument --data-dir: digits are in {found[0]} and {found[1]}; name one")
+        raise WrongInput(
+            f"argument --data-dir: digits are in {found[0]} and {found[1]}; choose one of them"
+        )
     return found[0] if found else None
 
 
@@ -246,7 +248,7 @@ def read_idx(path: Path) -> Tensor:
         content = gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes())
     zero, kind, dimensions = struct.unpack_from(">HBB", content)
     if (zero, kind) != (0, 8):
-        raise ValueError(f"{path.name} does not begin as a file of uint8 does")
+        raise ValueError(f"{path.name} is not an IDX file of uint8")
     shape = struct.unpack_from(f">{dimensions}I", content, offset=4)
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
     return values.reshape(shape)
@@ -290,7 +292,7 @@ def bundled_digits(split: str) -> Tensor:
     """Return MNIST's digits (n, 28, 28) of uint8. Raises Failure if others are in their place."""
     digits = load_digits(BUNDLED, split)[0]
     if SPLIT_OF_DIGITS.get(sha256_of(digits)) != split:
-        raise Failure(f"the digits in {BUNDLED} are not MNIST's {split} split, which scores need")
+        raise Failure(f"the digits in {BUNDLED} are not MNIST's {split} split; scoring needs them")
     return digits
 
 
@@ -356,7 +358,7 @@ class DCGAN:
             lr=settings.lr,
             betas=betas,
             fused=True,  # the fastest implementation
-            capturable=True,  # by a CUDA graph
+            capturable=True,  # so that a CUDA graph can record it
         )
         self.optimizer_g = adam(self.generator.parameters())
         self.optimizer_d = adam(self.discriminator.parameters())
@@ -429,7 +431,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     with gan.autocast():
         fake = gan.generator(noise)  # (n, 1, 28, 28) in [-1, 1]
 
-    # (1) The discriminator: maximise log D(x) + log(1 - D(G(z))).
+    # (1) The discriminator: maximise log D(x) + log(1 - D(G(z))), the negative of its loss.
     gan.discriminator.requires_grad_(True)
     gan.optimizer_d.zero_grad()
     with gan.autocast():
@@ -440,8 +442,9 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     ds_loss.backward()
     gan.optimizer_d.step()
 
-    # (2) The generator: maximise log D(G(z)) against the updated discriminator, frozen so that
-    # the gradient passes through it but none is computed for its weights.
+    # (2) The generator: maximise log D(G(z)), the negative of its loss, against the updated
+    # discriminator. That one is frozen: the gradient passes through it, but none is computed for
+    # its weights.
     gan.discriminator.requires_grad_(False)
     on_fake_after, gn_loss = update_generator(gan, fake)
     for noise in more_noise:
@@ -508,6 +511,7 @@ def train_epoch(gan: DCGAN, step: Step, digits: Tensor, title: str, log_every: i
     """
     seed = gan.settings.seed
     epoch = gan.epoch + 1
+    # no DataLoader is needed: all digits are in one tensor, on the device
     batches = order_of_epoch(digits, seed, epoch).split(gan.settings.batch_size)
     if gan.settings.dry_run:
         batches = batches[:3]
@@ -544,7 +548,7 @@ def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
     finite[-1] &= nn.utils.get_total_norm(weights).isfinite()
     if not finite.all():
         step = finite.tolist().index(False) + 1
-        raise Failure(f"training diverged at step {step} of {title}; begin again with a lower --lr")
+        raise Failure(f"training diverged at step {step} of {title}; start again with a lower --lr")
 
 
 # ============================================ speed =============================================
@@ -558,7 +562,8 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         name = next(device for device in there if there[device])  # the fastest
     if not there[name]:
-        raise WrongInput(f"argument --device: this machine has no {name}; cpu always works")
+        missing = f"this machine has no {name}, or its PyTorch cannot use it"
+        raise WrongInput(f"argument --device: {missing}; cpu always works")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
         raise OSError(f"there is no GPU number {local_rank}: start fewer processes")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -765,7 +770,9 @@ def lost_process_is_failure(kind: type[Exception]) -> Iterator[None]:
         yield
     except kind as error:
         reason = textwrap.shorten(str(error), 200)
-        raise Failure(f"a process of this run has ended; --resume goes on ({reason})") from error
+        raise Failure(
+            f"a process of this run has ended; use --resume to continue ({reason})"
+        ) from error
 
 
 class SharedStep:
@@ -938,7 +945,7 @@ def read_scorer() -> dict:
     except OSError as error:
         raise Failure(f"cannot read {SCORER} ({error.strerror})") from error
     if hashlib.sha256(content).hexdigest() != SCORER_SHA256:
-        raise Failure(f"{SCORER} is not the shipped one, and the figures of another do not compare")
+        raise Failure(f"{SCORER} is not the included scorer; scores of another cannot be compared")
     return torch.load(io.BytesIO(content), weights_only=True)  # runs no code
 
 
@@ -1085,7 +1092,8 @@ GENERATED_DIGITS = "generated.npy"
 INTERPOLATION = "interpolation.png"
 SCORE = "score.json"
 NEAREST = "nearest.png"
-FORMAT = 4  # of a checkpoint: one more whenever networks, figures or Run.checkpoint change
+# of a checkpoint: one more whenever networks, figures or Run.checkpoint change; EXAMPLE has it too
+FORMAT = 4
 
 
 def epoch_picture(epoch: int) -> str:
@@ -1136,7 +1144,8 @@ class RunFolder:
                 path.unlink()
         files = [path for path in sorted(self.path.iterdir()) if is_ours(path.name)]
         if files and dry_run:
-            raise WrongInput(f"argument --output-dir: {self.path} holds a run; name another folder")
+            held = f"{self.path} already holds {files[0].name}"
+            raise WrongInput(f"argument --output-dir: {held}; choose another folder for a dry run")
         if files:
             self.move_away(files)
 
@@ -1151,8 +1160,9 @@ class RunFolder:
         """Make the folder if it is missing. Raises WrongInput if nothing can be written there."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.path, os.W_OK):
-                raise PermissionError("no permission to write")
+            probe = self.path / ".writable.tmp"
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             reason = error.strerror or error
             raise WrongInput(
@@ -1169,9 +1179,12 @@ class RunFolder:
         try:
             fcntl.flock(self.lock_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Failure(f"another run is using {self.path}; name another --output-dir") from error
+            raise Failure(
+                f"another run is using {self.path}; choose another --output-dir"
+            ) from error
         except OSError as error:  # some network drives have no locks
-            print(f"warning: cannot lock {self.path} ({error.strerror}); start no other run there")
+            reason = error.strerror
+            print(f"warning: cannot lock {self.path} ({reason}); do not start another run there")
 
     def close(self) -> None:
         """Give up the lock. The system does so too, however the process ends."""
@@ -1196,7 +1209,7 @@ class RunFolder:
             if previous.exists():
                 previous.rmdir()
             if isinstance(error, OSError):
-                advice = "close what holds its files open, or name another --output-dir"
+                advice = "close any program that has its files open, or choose another --output-dir"
                 raise Failure(
                     f"cannot move the earlier run to {previous} ({error}); {advice}"
                 ) from error
@@ -1263,7 +1276,7 @@ class RunFolder:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            move_into_place(temporary, path)
         except OSError as error:
             raise Failure(f"cannot write {path} ({error.strerror or error})") from error
         finally:
@@ -1271,10 +1284,22 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
 
 
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename a file. On Windows, wait up to 1.5 s for a virus scanner that holds one of them."""
+    waits = (0.1, 0.2, 0.4, 0.8) if sys.platform == "win32" else ()
+    for wait in waits:
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            time.sleep(wait)
+    temporary.replace(path)
+
+
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint or a best generator. Raises Failure if it is missing or damaged."""
     if not path.exists():
-        advice = "train first, or name another --output-dir"
+        advice = "train first, or choose another --output-dir"
         moved = sorted(path.parent.glob(f"previous_*/{path.name}"))
         if moved:  # by a run that then ended before its first epoch did
             advice += f": the latest earlier run is in {moved[-1].parent}"
@@ -1291,7 +1316,7 @@ def read_checkpoint(path: Path) -> dict:
         if found == FORMAT:
             missing = {"epoch", "digits_sha256", "made_with", "average"} - checkpoint.keys()
             if missing:
-                raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
+                raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
             checkpoint["settings"] = Settings(**checkpoint["settings"])
     if found != FORMAT:
         versions = f"it has format {found}, this one {FORMAT}"
@@ -1308,7 +1333,9 @@ def damage_is_failure(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = textwrap.shorten(str(error), 200)
-        raise Failure(f"{path} is damaged or no checkpoint of this program: {reason}") from error
+        raise Failure(
+            f"{path} is damaged or is not a checkpoint of this program: {reason}"
+        ) from error
 
 
 def read_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
@@ -1480,7 +1507,7 @@ def read_run(options: Namespace, folder: RunFolder) -> tuple[Settings, Tensor, i
     for name, given in given_settings(options).items():
         kept = getattr(settings, name)
         if given != kept:
-            advice = "leave it out, or begin a new run without --resume"
+            advice = "omit it, or start a new run without --resume"
             raise WrongInput(f"argument {flag(name)}: {given}, but the run has {kept}: {advice}")
     with damage_is_failure(folder.path / CHECKPOINT):
         epochs = options.epochs or checkpoint["epochs"]
@@ -1502,7 +1529,7 @@ def given_settings(options: Namespace) -> dict[str, object]:
 def check_digits(run: Run, checkpoint: dict, data_dir: Path) -> None:
     """Raise WrongInput if a run would go on with other digits than it began with."""
     if checkpoint["digits_sha256"] != run.digits_sha256:
-        others = f"{data_dir} holds other digits than those that the run began with"
+        others = f"{data_dir} holds other digits than those the run started with"
         raise WrongInput(f"argument --data-dir: {others}; name their folder")
 
 
@@ -1511,19 +1538,20 @@ def check_batches(batch_size: int, count: int, processes: int) -> None:
     if batch_size > count:
         raise WrongInput(f"argument --batch-size: there are only {count} digits")
     if batch_size % processes or 0 < count % batch_size < processes:
-        raise WrongInput(f"argument --batch-size: {processes} processes cannot share every batch")
+        shares = f"{processes} processes cannot share every batch; choose another size"
+        raise WrongInput(f"argument --batch-size: {shares}")
 
 
 def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
     """Return the scorer of a run on these digits, or None, and print which."""
     seen = SPLIT_OF_DIGITS.get(digits_sha256)
     if seen is None:
-        print("This run goes without scores: its digits are not those of MNIST")
+        print("This run will have no scores: its digits are not those of MNIST")
         return None
     try:
         scorer = Scorer(read_scorer(), seen, device)
     except Failure as failure:
-        print(f"This run goes without scores: {failure}")
+        print(f"This run will have no scores: {failure}")
         return None
     print(f"Scores compare with MNIST's {scorer.unseen} split, which this run does not see")
     return scorer
@@ -1532,10 +1560,10 @@ def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
 def announce(settings: Settings, device: torch.device, count: int, folder: RunFolder) -> None:
     """Print on how many digits training begins, where it computes and what there will be to see."""
     if settings.precision == "bf16" and not has_bf16(device):
-        print(f"warning: this {device.type} has no bf16 arithmetic, so fp32 is many times faster")
+        print(f"warning: this {device.type} has no bf16 arithmetic; fp32 is many times faster")
     print(f"Training on {count:,} digits on {device.type} in {settings.precision}")
     if not settings.dry_run:
-        print(f"Look at {folder.path / TIMELINE} after each epoch")
+        print(f"After each epoch, look at {folder.path / TIMELINE}")
 
 
 def score_save_draw(
@@ -1562,11 +1590,11 @@ def score_save_draw(
         if saved == 0 or gan.settings.dry_run:
             raise
         signum = getattr(interrupt, "signum", signal.SIGINT)
-        message = f"epoch {saved} is saved; to go on, run the same command with --resume"
+        message = f"epoch {saved} is saved; to continue, run the same command with --resume"
         raise Stopped(signum, message) from interrupt
     if gan.settings.dry_run:
-        print("The dry run went well: it read digits, trained, saved and drew")
-        print("After so few steps, digits and scores say nothing")
+        print("The dry run went well: reading, training, saving and drawing work")
+        print("After so few steps, digits and scores mean nothing")
     elif run.best_epoch:
         print(f"The best epoch was {run.best_epoch}: {BEST}, for --generate N --best")
 
@@ -1578,7 +1606,7 @@ def generator_file(options: Namespace, folder: RunFolder) -> Path:
     """
     path = folder.path / (BEST if options.best else CHECKPOINT)
     if options.output_dir is None and not folder.has_run() and EXAMPLE.exists():
-        print(f"{folder.path} holds no run: using the generator included, {EXAMPLE}")
+        print(f"{folder.path} holds no run: using the included generator, {EXAMPLE}")
         return EXAMPLE
     if options.best and not path.exists() and (folder.path / CHECKPOINT).exists():
         raise WrongInput(f"argument --best: the run in {folder.path} has no scores; leave it out")
@@ -1652,8 +1680,8 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
         generator, checkpoint = read_generator(path, device)
         seen = SPLIT_OF_DIGITS.get(checkpoint["digits_sha256"])
         if seen is None:
-            others = f"the run in {folder.path} was trained on other digits than those of MNIST"
-            raise WrongInput(f"argument --evaluate: {others}, for which there is no score")
+            others = f"the run in {folder.path} was trained on digits other than those of MNIST"
+            raise WrongInput(f"argument --evaluate: {others}, which cannot be scored")
         z = drawing_noise(EVALUATED, options)
         digits = draw(generator, z, checkpoint["settings"].precision)
         source = {
@@ -1695,7 +1723,7 @@ def score_table(scores: dict[str, float], floor: dict[str, float]) -> str:
     """Lay out scores by their names, beside them the floor, if any: those of real digits."""
     lines = [f"{'':<10}{'score':>8}{'real digits' if floor else '':>14}"]
     for name, score in scores.items():
-        real = f"{floor[name]:.4g}" if floor else ""
+        real = f"{floor[name]:.4g}" if floor and name != "copies" else ""  # 1: they are those seen
         lines.append(f"{name:<10}{score:>8.4g}{real:>14}")
     return "\n".join(line.rstrip() for line in lines)
 
@@ -1716,7 +1744,7 @@ def read_digits(path: Path) -> Tensor:
         digits = torch.from_numpy(np.load(path, allow_pickle=False))
         if digits.dtype != torch.uint8 or digits.shape[1:] != (28, 28) or len(digits) < 2:
             found = f"{digits.dtype} of shape {tuple(digits.shape)}"
-            raise ValueError(f"it holds {found}, not uint8 of shape (n, 28, 28) with n from 2 on")
+            raise ValueError(f"it holds {found}, not uint8 of shape (n, 28, 28) with n at least 2")
         return digits
     except Exception as error:  # whatever numpy finds wrong with it
         raise WrongInput(f"argument --evaluate: {path}: {error}") from error
@@ -1760,9 +1788,10 @@ def add_training_flags(group: _ArgumentGroup) -> None:
     group.add_argument(
         "--recipe",
         choices=list(RECIPES),
-        help=f"article: plain DCGAN; tuned: the best digits, with {flags_of_recipe('tuned')}; "
-        f"quick: digits in two epochs, with {flags_of_recipe('quick')}; flags given beside a "
-        f"recipe win (default: {Settings.recipe})",
+        help="article: DCGAN as articles and tutorials train it; "
+        f"tuned: the best digits, with {flags_of_recipe('tuned')}; "
+        f"quick: digits in two epochs, with {flags_of_recipe('quick')}; "
+        f"other flags override a recipe (default: {Settings.recipe})",
     )
     group.add_argument(
         "--batch-size",
@@ -1782,15 +1811,15 @@ def add_training_flags(group: _ArgumentGroup) -> None:
         "--ema",
         type=number_between(float, 0.0, 0.5),
         metavar="X",
-        help="share of the steps so far, 0 to 0.5, over which the generator's weights are averaged "
-        f"for drawing; 0: no average (default: {Settings.ema})",
+        help="draw with the generator's weights averaged over the last part of the steps so far: "
+        f"this share of them, 0 to 0.5; 0: no average (default: {Settings.ema})",
     )
     group.add_argument(
         "--seed",
         type=number_between(int, 0, 2**32 - 1),
         metavar="N",
-        help="where random numbers start; with --generate, --interpolate and --evaluate, those of "
-        f"the noise (default: {Settings.seed})",
+        help="random seed of the run; with --generate, --interpolate and --evaluate, of the noise "
+        f"(default: {Settings.seed})",
     )
     group.add_argument(
         "--split",
@@ -1833,14 +1862,14 @@ def add_run_flags(group: _ArgumentGroup) -> None:
         "--epochs",
         type=number_between(int, 1, 100_000),
         metavar="N",
-        help="how often to train on every digit; with --resume, as many as the run was to have "
+        help="passes over all digits, with those of a resumed run; --resume alone keeps its number "
         f"(default: {EPOCHS})",
     )
     group.add_argument(
         "--output-dir",
         type=Path,
         metavar="DIR",
-        help=f"folder for everything that is written (default: {OUTPUT_DIR})",
+        help=f"folder for the results (default: {OUTPUT_DIR})",
     )
     group.add_argument(
         "--data-dir",
@@ -1854,7 +1883,7 @@ def add_run_flags(group: _ArgumentGroup) -> None:
         type=number_between(int, 1, 10**6),
         default=100,
         metavar="N",
-        help="steps from one line of the log to the next (default: 100)",
+        help="print a line of the log every N steps (default: 100)",
     )
     group.add_argument(
         "--resume",
@@ -1867,7 +1896,7 @@ def add_run_flags(group: _ArgumentGroup) -> None:
         help="check an installation: two epochs of three steps, in a temporary folder unless "
         "--output-dir names one (default: off)",
     )
-    group.add_argument("-h", "--help", action="help", help="print this page and end (default: off)")
+    group.add_argument("-h", "--help", action="help", help="show this page and exit (default: off)")
 
 
 def add_hardware_flags(group: _ArgumentGroup) -> None:
@@ -1882,7 +1911,7 @@ def add_hardware_flags(group: _ArgumentGroup) -> None:
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="auto: bf16 where the hardware computes in it (default: auto)",
+        help="auto: bf16 on GPUs from Ampere on and CPUs with AVX512-BF16 or AMX (default: auto)",
     )
 
 
@@ -1912,8 +1941,8 @@ def add_drawing_flags(group: _ArgumentGroup) -> None:
         nargs="?",
         const=THE_RUN,
         metavar="FILE",
-        help="score 10,000 digits, or those in an .npy file, uint8 of shape (n, 28, 28), of a "
-        "model that was trained on --split (default: off)",
+        help="score 10,000 digits; or those in an .npy file, uint8 of shape (n, 28, 28), drawn by "
+        "a model that was trained on --split (default: off)",
     )
     group.add_argument(
         "--best",
@@ -1935,24 +1964,22 @@ def parse_options(argv: list[str] | None) -> Namespace:
     add_training_flags(parser.add_argument_group("training", argument_default=SUPPRESS))
     add_run_flags(parser.add_argument_group("run"))
     add_hardware_flags(parser.add_argument_group("hardware"))
-    add_drawing_flags(
-        parser.add_argument_group("drawing", "Use a trained generator, train nothing.")
-    )
+    add_drawing_flags(parser.add_argument_group("drawing", "Use a trained generator; no training."))
     options = parser.parse_args(argv)
     names = ("resume", "dry_run", "generate", "interpolate", "evaluate")
     modes = [flag(name) for name in names if getattr(options, name)]
     if len(modes) > 1:
-        parser.error(f"{' and '.join(modes)} do not go together")
+        parser.error(f"{' and '.join(modes)} cannot be combined")
     drawing = options.generate or options.interpolate or options.evaluate
     from_file = isinstance(options.evaluate, Path)
     if drawing:
         used = {"seed", "split"} if from_file else {"seed"}
         for name in sorted(given_settings(options).keys() - used):
-            parser.error(f"{flag(name)} shapes training and does not go with {modes[0]}")
+            parser.error(f"{flag(name)} is a training flag and cannot be combined with {modes[0]}")
     if options.digit is not None and not options.generate:
-        parser.error("--digit goes with --generate N")
+        parser.error("--digit requires --generate N")
     if options.best and (from_file or not drawing):
-        parser.error("--best goes with --generate N, --interpolate or --evaluate without a file")
+        parser.error("--best requires --generate N, --interpolate or --evaluate without a file")
     return options
 
 
@@ -1981,7 +2008,7 @@ def processes_of_torchrun() -> Processes:
 def stop_signals(rank: int) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM raise Stopped for a while; the second one ends the program at once.
 
-    In another process than the first one, which says what there is to say, so does the first one.
+    The first process says how it ends; in the others, the first signal ends the program at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets signals
@@ -2029,7 +2056,7 @@ def muted(rank: int) -> Iterator[None]:
 def output_folder(options: Namespace) -> Iterator[Path]:
     """Give the folder to write to; that of a dry run is temporary if none is named."""
     if options.dry_run and options.output_dir is None:
-        with TemporaryDirectory(prefix="dcgan_mnist_") as path:
+        with TemporaryDirectory(prefix="dcgan_mnist_", ignore_cleanup_errors=True) as path:
             yield Path(path)
         print("The dry run's temporary folder is removed")
     else:

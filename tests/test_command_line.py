@@ -1,6 +1,7 @@
 """The command line: what is refused, how the program ends, and what it leaves as it was."""
 
 import dataclasses
+import errno
 import io
 import itertools
 import os
@@ -108,7 +109,7 @@ MODES = [["--resume"], ["--dry-run"], ["--generate", "3"], ["--interpolate"], ["
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(MODES, 2)))
 def test_only_one_thing_can_be_asked_for(run, one: list[str], other: list[str]):
     outcome = run(*one, *other)
-    assert outcome.is_one_line(2, f"{one[0]} and {other[0]} do not go together")
+    assert outcome.is_one_line(2, f"{one[0]} and {other[0]} cannot be combined")
     assert contents(".") == {}
 
 
@@ -140,8 +141,13 @@ def test_an_output_folder_that_cannot_be_written_to_is_refused(
     run, monkeypatch: pytest.MonkeyPatch
 ):
     Path("closed").mkdir()
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert run("--output-dir", "closed").is_one_line(2, "--output-dir", "closed", "permission")
+
+    def touch(self: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    assert run("--output-dir", "closed").is_one_line(2, "--output-dir", "closed", "Permission")
+    assert contents(".") == {}
 
 
 # ------------------------------------------ the hardware ------------------------------------------
@@ -232,13 +238,13 @@ def test_help_gives_the_default_of_every_flag(
 @pytest.mark.parametrize(
     ("place", "hint"),
     [
-        ("pick_device", "to begin again, run the same command"),
-        ("load_digits", "to begin again, run the same command"),
-        ("fastest_step", "to begin again, run the same command"),
-        ("training_step", "to begin again, run the same command"),
-        ("draw", "to begin again, run the same command"),
-        ("grid", "epoch 1 is saved; to go on, run the same command with --resume"),
-        ("curves", "epoch 1 is saved; to go on, run the same command with --resume"),
+        ("pick_device", "to start over, run the same command"),
+        ("load_digits", "to start over, run the same command"),
+        ("fastest_step", "to start over, run the same command"),
+        ("training_step", "to start over, run the same command"),
+        ("draw", "to start over, run the same command"),
+        ("grid", "epoch 1 is saved; to continue, run the same command with --resume"),
+        ("curves", "epoch 1 is saved; to continue, run the same command with --resume"),
     ],
 )
 def test_ctrl_c_anywhere_ends_with_one_line_that_says_how_to_go_on(

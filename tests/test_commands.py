@@ -251,10 +251,10 @@ def test_the_log_names_the_time_left_after_each_epoch(run, monkeypatch):
 
 def test_the_log_names_a_picture_to_look_at_and_shows_the_networks_once(run):
     out = run(*THREE_STEPS, "--epochs", 1, "--output-dir", "mine").out
-    assert Path(re.search(r"^Look at (.*) after each epoch$", out, re.MULTILINE)[1]).exists()
+    assert Path(re.search(r"^After each epoch, look at (.*)$", out, re.MULTILINE)[1]).exists()
     assert out.count("Total params") == 2
     assert "Total params" not in run("--resume", "--epochs", 2, "--output-dir", "mine").out
-    assert "Look at" not in run("--dry-run").out  # its folder is removed
+    assert "look at" not in run("--dry-run").out  # its folder is removed
 
 
 # --------------------------------------------- stopping -------------------------------------------
@@ -283,7 +283,7 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on_exactly(
         taken = stop_at(patch, step, signum)
         outcome = run(*command)
     epoch = (step - 1) // 3
-    says = f"stopped: epoch {epoch} is saved; to go on, run the same command with --resume"
+    says = f"stopped: epoch {epoch} is saved; to continue, run the same command with --resume"
     assert outcome.is_one_line(128 + signum, says)
     assert taken[-1] == step
     assert saved()["epoch"] == epoch
@@ -409,7 +409,7 @@ def test_a_signal_ends_the_process_with_a_way_to_go_on(
     assert epoch >= 1
     assert last_line == (
         f"dcgan_mnist.py: stopped: epoch {epoch} is saved; "
-        "to go on, run the same command with --resume\n"
+        "to continue, run the same command with --resume\n"
     )
     outcome = run("--resume", "--epochs", epoch + 1, "--output-dir", "x")
     assert (outcome.code, outcome.err) == (0, "")
@@ -575,7 +575,7 @@ def test_a_dry_run_is_refused_where_a_run_is(run):
     run(*THREE_STEPS, "--epochs", 1)
     before = contents(".")
     outcome = run("--dry-run", "--output-dir", "result")
-    assert outcome.is_one_line(2, "error: argument --output-dir: ", "result holds a run")
+    assert outcome.is_one_line(2, "error: argument --output-dir: ", "result already holds")
     assert contents(".") == before
 
 
@@ -794,7 +794,7 @@ def test_without_a_run_the_included_generator_draws_and_one_line_says_so(
 ):
     outcome = run(*command, *best)
     assert (outcome.code, outcome.err) == (0, "")
-    line = f"result holds no run: using the generator included, {included}"
+    line = f"result holds no run: using the included generator, {included}"
     assert outcome.out.splitlines().count(line) == 1
     assert list(contents(".")) == [f"result/{name}" for name in names]
 
@@ -888,7 +888,9 @@ def test_a_run_on_other_digits_is_not_scored(run, data_dir: Path, best: list[str
         Path("result/checkpoint.pt").rename("result/generator_best.pt")
     before = contents("result")
     outcome = run("--evaluate", *best)
-    assert outcome.is_one_line(2, "error: argument --evaluate: ", "other digits", "result")
+    assert outcome.is_one_line(
+        2, "error: argument --evaluate: ", "the run in result", "cannot be scored"
+    )
     assert contents("result") == before
 
 
@@ -999,7 +1001,7 @@ def test_a_new_run_does_not_draw_with_the_best_generator_of_an_earlier_one(
 ):
     fake_scores([20.0], [10])
     run(*THREE_STEPS, "--epochs", 1)
-    monkeypatch.setattr(dcgan_mnist, "SPLIT_OF_DIGITS", {})  # the next one goes without scores
+    monkeypatch.setattr(dcgan_mnist, "SPLIT_OF_DIGITS", {})  # the next one will have no scores
     run(*THREE_STEPS, "--epochs", 1)
     outcome = run("--generate", 3, "--best")
     assert outcome.is_one_line(2, "error: argument --best: the run in result has no scores")

@@ -372,7 +372,7 @@ def test_ctrl_c_disconnects(run, connection: FakeConnection, monkeypatch: pytest
     assert connection.state == "closed"
 
 
-LOST = "a process of this run has ended; --resume goes on"
+LOST = "a process of this run has ended; use --resume to continue"
 
 
 @pytest.mark.parametrize("name", ["broadcast_object_list", "all_reduce"])

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -248,7 +249,7 @@ def test_an_earlier_run_that_cannot_be_moved_whole_stays_whole(
         stuck.add(name)
         outcome = run(*THREE_STEPS)
         assert outcome.is_one_line(1, "error: cannot move", "previous_001", "Permission denied")
-        assert "close what holds its files open" in outcome.err
+        assert "close any program that has its files open" in outcome.err
         assert contents(".") == earlier_run
         assert not Path("result/previous_001").exists()
 
@@ -366,6 +367,31 @@ def held_open(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     monkeypatch.setattr(Path, "replace", replace)
     return names
+
+
+def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    run(*THREE_STEPS, "--epochs", 2, "--output-dir", "whole")
+    original = Path.replace
+    waits = []  # since the last file was replaced
+    longest = 0.0
+
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal longest
+        if len(waits) < 3:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        longest = max(longest, sum(waits))
+        waits.clear()
+        return original(self, target)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(Path, "replace", replace)
+    outcome = run(*THREE_STEPS, "--epochs", 2)
+    assert (outcome.code, outcome.err, outcome.warnings()) == (0, "", [])
+    assert_same_run("result", "whole")
+    assert 0 < longest < 2  # seconds
 
 
 def hold_by_epoch(
@@ -696,7 +722,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_files_that_are_no_checkpoints_are_refused(run, checkpoint: Path, kind: str):
-    assert_refused(run, FOREIGN[kind], "damaged or no checkpoint")
+    assert_refused(run, FOREIGN[kind], "damaged or is not a checkpoint")
     assert not Path("exploded").exists()
 
 
@@ -727,7 +753,7 @@ def test_sound_files_that_hold_something_else_are_refused(run, checkpoint: Path,
     elif fault == "a list":
         content = [1, 2]
     torch.save(content, checkpoint)
-    assert_refused(run, checkpoint.read_bytes(), "damaged or no checkpoint")
+    assert_refused(run, checkpoint.read_bytes(), "damaged or is not a checkpoint")
     assert not Path("exploded").exists()
 
 
@@ -735,7 +761,7 @@ def test_a_best_generator_is_no_checkpoint_to_go_on_with(run, checkpoint: Path):
     shutil.copyfile("result/generator_best.pt", checkpoint)
     before = contents(".")
     outcome = run("--resume", "--epochs", 2)
-    assert outcome.is_one_line(1, f"error: {checkpoint} is damaged or no checkpoint")
+    assert outcome.is_one_line(1, f"error: {checkpoint} is damaged or is not a checkpoint")
     assert contents(".") == before
 
 

@@ -119,7 +119,7 @@ def test_any_command_line_succeeds_or_ends_with_one_line(
         capsys.readouterr()
         code = dcgan_mnist.main(argv)
         err = capsys.readouterr().err
-        untrained = "; train first, or name" in err or " drawings are a clear " in err
+        untrained = "; train first, or choose" in err or " drawings are a clear " in err
         assert code in (0, 2) or (code == 1 and untrained), (argv, err)
         assert err == "" if code == 0 else err.count("\n") == 1, (argv, err)
         assert code == 0 or err.startswith("dcgan_mnist.py: error: ")

@@ -95,7 +95,8 @@ def test_interrupting_a_cell_gives_one_line_and_the_kernels_own_interrupt_works_
     assert errors == []
     assert printed["stdout"].endswith("130\n")
     assert re.fullmatch(
-        r"dcgan_mnist.py: stopped: epoch \d+ is saved; to go on, .* --resume\n", printed["stderr"]
+        r"dcgan_mnist.py: stopped: epoch \d+ is saved; to continue, .* --resume\n",
+        printed["stderr"],
     )
     _, errors = run_and_interrupt(kernel, "print('waiting')\nwhile True: pass", "waiting")
     assert errors == ["KeyboardInterrupt"]

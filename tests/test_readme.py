@@ -69,7 +69,7 @@ def test_a_command_that_draws_works_on_a_fresh_clone(
     out, err = capsys.readouterr()
     assert err == ""
     first, *_, last = out.splitlines()
-    assert first.startswith("result holds no run: using the generator included")
+    assert first.startswith("result holds no run: using the included generator")
     for path in re.findall(r"(\S+\.\w+)(?: and |$)", last.removeprefix("saved ")):
         assert Path(path).exists()
     assert any(Path("result").iterdir())
@@ -141,6 +141,7 @@ def output_of(command: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="PyTorch's torchrun may not work on Windows")
 def test_torchrun_trains_with_the_readmes_command(small_clone: Path):
     (command,) = (command for command in COMMANDS if command.startswith("torchrun"))
     out = output_of(command, small_clone)
@@ -194,15 +195,26 @@ def test_readme_names_no_flag_that_is_not_there():
     text = README.split("## Flags")[0]
     for command in OTHER_COMMANDS:
         text = text.replace(command, "")
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
     assert named - {"--to-quality"} <= set(
         re.findall(r"--[a-z][a-z0-9-]+", README.split("## Flags")[1])
     )
 
 
 def test_readme_lists_every_file_a_run_writes():
-    for name in RUN_FILES - {"generated_epoch_002.png"}:
+    drawn = {"generated.png", "generated.npy", "interpolation.png", "score.json", "nearest.png"}
+    for name in (RUN_FILES | drawn | {"generator_best.pt"}) - {"generated_epoch_002.png"}:
         assert f"`{name}`" in README
+
+
+def test_the_messages_in_readmes_troubleshooting_are_the_programs():
+    source = (ROOT / "dcgan_mnist.py").read_text(encoding="utf-8")
+    table = README.split("## Troubleshooting")[1].split("\n\n")[1]
+    first_cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+    messages = [m.strip(" .…") for cell in first_cells for m in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 8
+    for message in messages:
+        assert message in re.sub(r"\{[^}]*\}", "", source) or message in source
 
 
 def test_readmes_log_lines_have_the_programs_form():

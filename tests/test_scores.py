@@ -380,7 +380,7 @@ def without_scores(run, *argv: object) -> str:
     assert np.isnan(table["fd"]).all()
     assert set(contents("result")) == RUN_FILES
     [line] = lines_about_scores(outcome.out)
-    assert line.startswith("This run goes without scores: ")
+    assert line.startswith("This run will have no scores: ")
     return line
 
 
