@@ -1120,6 +1120,16 @@ def command_line(*arguments: object) -> str:
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
+@contextmanager
+def unusable_is_wrong_input(folder: Path) -> Iterator[None]:
+    """Raise WrongInput for whatever is wrong with an output folder or its name."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise WrongInput(f"argument --output-dir: {folder} cannot be used: {reason}") from error
+
+
 class RunFolder:
     """The output folder: its lock, what is written when, what is loaded."""
 
@@ -1129,8 +1139,8 @@ class RunFolder:
 
     def has_run(self) -> bool:
         """Tell whether the folder holds a run, be it one that was moved into a folder below it."""
-        runs = [self.path / CHECKPOINT, *self.path.glob(f"previous_*/{CHECKPOINT}")]
-        return any(path.exists() for path in runs)
+        checkpoint = self.path / CHECKPOINT
+        return checkpoint.exists() or bool(moved_away(checkpoint))
 
     def begin(self, dry_run: bool) -> None:
         """Make and lock the folder, and move the files of an earlier run into one below it.
@@ -1158,16 +1168,11 @@ class RunFolder:
 
     def make(self) -> None:
         """Make the folder if it is missing. Raises WrongInput if nothing can be written there."""
-        try:
+        with unusable_is_wrong_input(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable.tmp"
             probe.touch()
             probe.unlink()
-        except OSError as error:
-            reason = error.strerror or error
-            raise WrongInput(
-                f"argument --output-dir: {self.path} cannot be used: {reason}"
-            ) from error
 
     def lock(self) -> None:
         """Keep other runs out until ``close``. Raises Failure if one is in the folder."""
@@ -1284,6 +1289,11 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
 
 
+def moved_away(path: Path) -> list[Path]:
+    """Return where new runs have moved files of this path, the earliest first."""
+    return sorted(path.parent.glob(f"previous_*/{path.name}"))
+
+
 def move_into_place(temporary: Path, path: Path) -> None:
     """Rename a file. On Windows, wait up to 1.5 s for a virus scanner that holds one of them."""
     waits = (0.1, 0.2, 0.4, 0.8) if sys.platform == "win32" else ()
@@ -1300,7 +1310,7 @@ def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint or a best generator. Raises Failure if it is missing or damaged."""
     if not path.exists():
         advice = "train first, or choose another --output-dir"
-        moved = sorted(path.parent.glob(f"previous_*/{path.name}"))
+        moved = moved_away(path)
         if moved:  # by a run that then ended before its first epoch did
             advice += f": the latest earlier run is in {moved[-1].parent}"
         raise Failure(f"there is no {path}; {advice}")
@@ -1751,7 +1761,7 @@ def read_digits(path: Path) -> Tensor:
 
 
 # ========================================= command line =========================================
-EXAMPLES = f"""\
+HELP_EXAMPLES = f"""\
 examples:
   python {PROGRAM} --epochs 10               train, ten times on every digit
   python {PROGRAM} --resume --epochs 20      add ten epochs to that run
@@ -1956,7 +1966,7 @@ def parse_options(argv: list[str] | None) -> Namespace:
     parser = Parser(
         usage=f"python {PROGRAM} [flags]",
         description=__doc__.splitlines()[0],
-        epilog=EXAMPLES,
+        epilog=HELP_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
@@ -2067,12 +2077,8 @@ def output_folder(options: Namespace) -> Iterator[Path]:
 
 def check_folder_name(path: Path) -> None:
     """Raise WrongInput if there can be no folder of this name, one that is too long for example."""
-    try:
+    with unusable_is_wrong_input(path), suppress(FileNotFoundError):  # such a folder can be made
         path.stat()
-    except FileNotFoundError:  # it can be made
-        pass
-    except (OSError, ValueError) as error:
-        raise WrongInput(f"argument --output-dir: {path} cannot be used: {error}") from error
 
 
 def run_command(options: Namespace, processes: Processes) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import signal
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -207,3 +208,17 @@ def change_steps(
         return change(count, original(gan, real, z))
 
     monkeypatch.setattr(dcgan_mnist, "training_step", step)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int, signum: int = signal.SIGINT) -> list[int]:
+    """Let a signal come after a training step; return the list of steps that are taken."""
+    taken: list[int] = []
+
+    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
+        taken.append(step)
+        if step == stop:
+            signal.raise_signal(signum)
+        return stats
+
+    change_steps(monkeypatch, change)
+    return taken

@@ -37,6 +37,7 @@ from helpers import (
     load_script,
     saved,
     size_of,
+    stop_at,
     write_idx,
     write_split,
 )
@@ -258,20 +259,6 @@ def test_the_log_names_a_picture_to_look_at_and_shows_the_networks_once(run):
 
 
 # --------------------------------------------- stopping -------------------------------------------
-def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int, signum: int = signal.SIGINT) -> list[int]:
-    """Let a signal come after a training step; return the list of steps that are taken."""
-    taken: list[int] = []
-
-    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
-        taken.append(step)
-        if step == stop:
-            signal.raise_signal(signum)
-        return stats
-
-    change_steps(monkeypatch, change)
-    return taken
-
-
 @pytest.mark.parametrize(
     ("step", "signum"), [(4, signal.SIGINT), (8, signal.SIGTERM), (12, signal.SIGINT)]
 )

@@ -32,6 +32,7 @@ from helpers import (
     equal,
     new_gan,
     saved,
+    stop_at,
     write_idx,
 )
 
@@ -308,23 +309,12 @@ def test_half_written_files_of_a_killed_run_are_removed(run, earlier_run: dict[s
 
 
 # ----------------------------------------- what is written ----------------------------------------
-def stop_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
-    """Let Ctrl-C come in an epoch of three steps."""
-
-    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
-        if step == 3 * epoch - 1:
-            signal.raise_signal(signal.SIGINT)
-        return stats
-
-    change_steps(monkeypatch, change)
-
-
 @pytest.mark.usefixtures("mean_scorer")
 def test_at_no_moment_of_a_run_is_a_file_half_written(run, monkeypatch: pytest.MonkeyPatch):
     whole: dict[str, set[bytes]] = {}  # what each file holds after an epoch
     for epoch in (1, 2, 3):
         with monkeypatch.context() as patch:
-            stop_in_epoch(patch, epoch + 1)
+            stop_at(patch, 3 * epoch + 2)  # in the next epoch
             run(*THREE_STEPS, "--epochs", 3, "--output-dir", epoch)
         for name, content in contents(str(epoch)).items():
             whole.setdefault(name, set()).add(content)

@@ -21,7 +21,7 @@ CODE = re.findall(r"^    (\S.*)$", README, re.MULTILINE)  # lines of code
 CODE += re.findall(r"`([^`\n]+)`", README)  # code in the text
 CODE += re.findall(r"^record: (.*)$", README, re.MULTILINE)
 COMMANDS = {code for code in CODE if re.match(r"(pip|python|uv|torchrun) ", code)}
-SHOWN_ELSEWHERE = f"{dcgan_mnist.__doc__}\n{dcgan_mnist.EXAMPLES}"
+SHOWN_ELSEWHERE = f"{dcgan_mnist.__doc__}\n{dcgan_mnist.HELP_EXAMPLES}"
 COMMANDS |= set(re.findall(r"^ +(python .*?)(?:   .*)?$", SHOWN_ELSEWHERE, re.MULTILINE))
 OTHER_COMMANDS = {
     "pip install -r requirements.txt",
