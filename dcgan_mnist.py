@@ -17,18 +17,37 @@ ones; the generator learns to draw digits that the discriminator takes for real.
 and Chintala (2016), "Unsupervised Representation Learning with Deep Convolutional Generative
 Adversarial Networks", arXiv:1511.06434.
 
-Read the file from top to bottom. The algorithm comes first:
+The rooms of this file, from top to bottom. The first five are the algorithm:
 
     networks             generator, discriminator, their first weights (weights_init), summaries
-    settings             the numbers that shape a run
+    settings             the numbers that shape a run, each with its flag; the recipes
     data                 the real digits, their order in an epoch, random numbers
     one training step    optimisers, loss, the two halves of the step; drawing from noise
     training             epochs, batches and their noise, log
+    speed                devices, precision, faster ways to take the same step
+    pictures             grids of digits, curves
+    scores               how good the drawn digits are
+    files                the output folder, checkpoints, trained generators
+    commands             train, generate, interpolate, evaluate
+    command line         flags, errors, signals
 
-The rest makes it a tool: speed, pictures (grids of digits), scores, files, commands, command line.
+To change something, go there:
+
+    a layer                     Generator or Discriminator; all else follows
+    the loss                    bce, training_step
+    an optimiser                DCGAN.__init__
+    a setting and its flag      a line in Settings
+    a recipe                    a line in RECIPES
+    how digits become images    to_images
+    a number in the log         STATS, LOG_LINE and the last lines of training_step
+    a score                     a line in SCORES, a line in Scorer.scores
+    a picture of a run          its function in the room pictures, a line in DRAWINGS
+    a command                   its function, a line in COMMANDS, a flag in add_drawing_flags
+
 README.md says which files are written, and when.
 """
 
+import argparse
 import copy
 import dataclasses
 import functools
@@ -46,23 +65,25 @@ import struct
 import subprocess
 import sys
 import textwrap
-import threading
 import time
+import uuid
 import zipfile
-from argparse import (
-    SUPPRESS,
-    ArgumentParser,
-    ArgumentTypeError,
-    Namespace,
-    RawDescriptionHelpFormatter,
-    _ArgumentGroup,
+import zlib
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
 )
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -73,32 +94,27 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torchsummary import summary
 from tqdm import tqdm
 
+__all__ = [
+    "DCGAN",
+    "Discriminator",
+    "Generator",
+    "Settings",
+    "draw",
+    "load_generator",
+    "main",
+    "training_step",
+    "weights_init",
+]
+
+PROGRAM = "dcgan_mnist.py"
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
 SAMPLES = 50  # digits in the picture of an epoch: five rows of ten
 SCORED = 2000  # digits drawn for the score of an epoch
 EVALUATED = 10_000  # digits drawn for the score of a finished run
-PROGRAM = "dcgan_mnist.py"
-NORM_SAMPLES = 1000  # digits drawn for the statistics of the averaged generator's BatchNorm layers
 HOME = Path(__file__).resolve().parent
 BUNDLED = HOME / "MNIST"  # the data folder
 EXAMPLE = HOME / "result" / "example" / "generator.pt"  # a trained generator, to draw with at once
-
-
-class Failure(Exception):  # noqa: N818 (no error of the program)
-    """Something outside the program went wrong, a full disk for one. The user gets the message."""
-
-
-class WrongInput(Failure):
-    """Something that the user got wrong, such as a flag."""
-
-
-class Stopped(KeyboardInterrupt):
-    """The user or the system wants the program to end; the message says how to go on."""
-
-    def __init__(self, signum: int, message: str = "to start over, run the same command") -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 # =========================================== networks ===========================================
@@ -167,41 +183,121 @@ def weights_init(m: nn.Module) -> None:
         nn.init.zeros_(m.bias)
 
 
-def print_summaries() -> None:
+def print_summaries(generator: nn.Module, discriminator: nn.Module, latent_dim: int) -> None:
     """Print the layers of both networks, the shapes of what they return, and their sizes."""
     with torch.random.fork_rng(devices=[]):  # because summary runs the networks
-        summary(Generator(LATENT_DIM, WIDTH), (LATENT_DIM, 1, 1), device="cpu")
-        summary(Discriminator(WIDTH), (1, 28, 28), device="cpu")
+        summary(copy.deepcopy(generator).cpu(), (latent_dim, 1, 1), device="cpu")
+        summary(copy.deepcopy(discriminator).cpu(), (1, 28, 28), device="cpu")
 
 
 # =========================================== settings ===========================================
-@dataclass(frozen=True)
-class Settings:
-    """What shapes a run: the same settings and digits give the same run on the same machine."""
-
-    recipe: str = "article"  # which of the RECIPES the other defaults come from
-    batch_size: int = 50  # digits in a training step
-    lr: float = 0.0002  # learning rate of both networks; the paper's
-    beta1: float = 0.5  # Adam's decay of the mean gradient; the paper found 0.9 to oscillate
-    beta2: float = 0.999  # Adam's decay of the mean squared gradient
-    generator_steps: int = 1  # updates of the generator in a training step
-    ema: float = 0.05  # share of the steps so far that the generator's average spans; 0: none
-    seed: int = 0  # where all random numbers start
-    split: str = "test"  # MNIST's "test" split has 10,000 digits, its "train" split 60,000
-    precision: str = "fp32"  # of the layers' arithmetic, or "bf16"; weights are always in fp32
-    dry_run: bool = False  # only three steps an epoch
-
-
-RECIPES = {  # defaults that differ from those above
+RECIPES = {  # defaults that differ from those of Settings
     "article": {},  # as articles and tutorials train it
     "tuned": {"lr": 0.002, "beta2": 0.99, "generator_steps": 2},  # the best digits
     "quick": {"lr": 0.002, "beta2": 0.99, "batch_size": 25},  # readable digits in two epochs
 }
 
 
+def flag(name: str) -> str:
+    """Return the flag of an option: "--batch-size" of "batch_size"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def flags_of_recipe(name: str) -> str:
+    """Return the flags that a recipe stands for, as one would type them."""
+    return " ".join(f"{flag(setting)} {value}" for setting, value in RECIPES[name].items())
+
+
+def setting(
+    default: object, help: str, *, low: Any = None, high: Any = None, choices: Sequence[str] = ()
+) -> Any:
+    """Return a field of Settings that has a flag with this help, and either a range or choices."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes a run: the same settings and digits give the same run on the same machine.
+
+    A line here is all that a new setting needs. Its flag, its place in the checkpoint and its
+    comparison on --resume follow from it. In a checkpoint that lacks it, it has its default.
+    """
+
+    recipe: str = setting(
+        "article",
+        "article: DCGAN as articles and tutorials train it; "
+        f"tuned: the best digits, with {flags_of_recipe('tuned')}; "
+        f"quick: digits in two epochs, with {flags_of_recipe('quick')}; "
+        "other flags override a recipe",
+        choices=tuple(RECIPES),
+    )
+    batch_size: int = setting(50, "digits in a training step", low=1, high=60_000)
+    # the rate and the decay of the mean are the paper's; it found a decay of 0.9 to oscillate
+    lr: float = setting(0.0002, "learning rate of both networks", low=1e-8, high=1.0)
+    beta1: float = setting(0.5, "Adam's decay rate of the mean gradient", low=0.0, high=0.9999)
+    beta2: float = setting(
+        0.999, "Adam's decay rate of the mean squared gradient", low=0.0, high=0.999999
+    )
+    generator_steps: int = setting(
+        1, "updates of the generator in a training step, each on its own noise", low=1, high=10
+    )
+    ema: float = setting(
+        0.05,
+        "draw with the generator's weights averaged over this share of the steps so far, the last "
+        "ones; 0: no average",
+        low=0.0,
+        high=0.5,
+    )
+    width: int = setting(
+        WIDTH,
+        "channels beside the image; other layers have 2 and 4 times as many",
+        low=1,
+        high=1024,
+    )
+    latent_dim: int = setting(
+        LATENT_DIM, "numbers of noise that make one digit", low=1, high=10_000
+    )
+    seed: int = setting(
+        0, "random seed of the run, or of the noise from which to draw", low=0, high=2**32 - 1
+    )
+    split: str = setting(
+        "test", "MNIST's 10,000 test digits or 60,000 training digits", choices=("test", "train")
+    )
+    # the two below have flags of another kind
+    precision: str = "fp32"  # of the layers' arithmetic, or "bf16"; weights are always in fp32
+    dry_run: bool = False  # only three steps an epoch
+
+
 # ============================================= data =============================================
-def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Read a split, downloaded if it is missing: digits (n, 28, 28) of uint8, labels (n,).
+class Failure(Exception):  # noqa: N818 (no error of the program)
+    """Something outside the program went wrong, a full disk for one. The user gets the message."""
+
+
+class WrongInput(Failure):
+    """Something that the user got wrong, such as a flag."""
+
+
+Errors = type[Exception] | tuple[type[Exception], ...]
+
+
+@contextmanager
+def explained(
+    what: str, errors: Errors, advice: str = "", failure: type[Failure] = Failure
+) -> Iterator[None]:
+    """Turn errors into a Failure that says what went wrong, for what reason, and what to do."""
+    try:
+        yield
+    except (Failure, torch.OutOfMemoryError):
+        raise
+    except errors as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        message = f"{what} ({textwrap.shorten(reason, 200)})"
+        raise failure(f"{message}; {advice}" if advice else message) from error
+
+
+def load_digits(data_dir: Path, split: str) -> Tensor:
+    """Read the digits (n, 28, 28) of uint8 of a split, downloaded if it is missing.
 
     The files may be plain or gzipped; nothing is unpacked. Raises Failure.
     """
@@ -211,16 +307,13 @@ def load_digits(data_dir: Path, split: str) -> tuple[Tensor, Tensor]:
     if folder is None:
         folder = data_dir / "MNIST" / "raw"
         download_digits(names, folder)
-    try:
+    both = " and ".join(names)
+    # Exception: whatever the bytes of a damaged file can cause
+    with explained(f"{both} are missing or damaged", Exception, f"place sound ones in {folder}"):
         digits, labels = (read_idx(folder / name) for name in names)
         if digits.shape[1:] != (28, 28) or len(digits) != len(labels):
             raise ValueError(f"found {tuple(digits.shape)} and {tuple(labels.shape)}")
-    except Exception as error:  # whatever the bytes of a damaged file can cause
-        both = " and ".join(names)
-        raise Failure(
-            f"{both} are missing or damaged ({error}); place sound ones in {folder}"
-        ) from error
-    return digits, labels.long()
+    return digits
 
 
 def folder_of_digits(data_dir: Path, prefix: str) -> Path | None:
@@ -234,9 +327,8 @@ def folder_of_digits(data_dir: Path, prefix: str) -> Path | None:
         return usual
     found = sorted({path.parent for path in data_dir.rglob(pattern)})
     if len(found) > 1:
-        raise WrongInput(
-            f"argument --data-dir: digits are in {found[0]} and {found[1]}; choose one of them"
-        )
+        several = f"digits are in {found[0]} and {found[1]}; choose one of them"
+        raise WrongInput(f"argument --data-dir: {several}")
     return found[0] if found else None
 
 
@@ -259,22 +351,18 @@ def download_digits(names: tuple[str, str], folder: Path) -> None:
     from torchvision.datasets import MNIST  # here and not above, for it takes a while
 
     wanted = [source for source in MNIST.resources if source[0].removesuffix(".gz") in names]
+    what = f"{' and '.join(names)} are missing and cannot be downloaded"
     with TemporaryDirectory() as temporary:
 
         class OneSplit(MNIST):  # which wants the files of both splits, this one only those named
             resources = wanted
             raw_folder = temporary
 
-        try:
+        with explained(what, Exception, f"place them in {folder}"):  # whatever networks can cause
             OneSplit(temporary, train=names[0].startswith("train"), download=True)
             folder.mkdir(parents=True, exist_ok=True)
             for name in names:
                 shutil.move(Path(temporary, f"{name}.gz"), folder)
-        except Exception as error:  # whatever the network can cause
-            both = " and ".join(names)
-            raise Failure(
-                f"{both} are missing and cannot be downloaded ({error}); place them in {folder}"
-            ) from error
 
 
 def sha256_of(digits: Tensor) -> str:
@@ -282,7 +370,7 @@ def sha256_of(digits: Tensor) -> str:
     return hashlib.sha256(digits.cpu().contiguous().numpy()).hexdigest()
 
 
-SPLIT_OF_DIGITS = {  # MNIST's splits by sha256_of all its digits
+SPLIT_OF_DIGITS = {  # MNIST's splits by sha256_of all their digits
     "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757": "train",
     "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161": "test",
 }
@@ -290,7 +378,7 @@ SPLIT_OF_DIGITS = {  # MNIST's splits by sha256_of all its digits
 
 def bundled_digits(split: str) -> Tensor:
     """Return MNIST's digits (n, 28, 28) of uint8. Raises Failure if others are in their place."""
-    digits = load_digits(BUNDLED, split)[0]
+    digits = load_digits(BUNDLED, split)
     if SPLIT_OF_DIGITS.get(sha256_of(digits)) != split:
         raise Failure(f"the digits in {BUNDLED} are not MNIST's {split} split; scoring needs them")
     return digits
@@ -301,34 +389,51 @@ def to_images(digits: Tensor) -> Tensor:
     return digits.unsqueeze(1).float() / 127.5 - 1
 
 
-# Every use of random numbers starts anew from the run's seed, so that none depends on what came
-# before it. Epochs 1, 2, ... have the streams 1, 2, ...: the order of the digits and the noise.
-FIXED_NOISE = 0  # the noise of the pictures, the same after every epoch
-DRAWING = -1  # the noise of scores and of --generate
-NORM_STATISTICS = -2  # the noise from which the averaged generator takes BatchNorm's statistics
+# Every use of random numbers has a stream of its own, which begins anew from the run's seed, so
+# that none depends on what came before it.
+FIRST_WEIGHTS = 0
+FIXED_NOISE = 1  # of the pictures, the same after every epoch
+DRAWING = 2  # the noise of scores and of --generate
+NORM_STATISTICS = 3  # the noise from which the averaged generator takes BatchNorm's statistics
+ORDER = 4  # of the digits in an epoch
+NOISE = 5  # of the steps of an epoch
+LAYERS = 6  # what layers such as dropout take in an epoch
 
 
-def random_stream(seed: int, stream: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """Return the random numbers of an epoch or of another use named above, from their start."""
-    return torch.Generator(device).manual_seed(seed * 2**20 + stream)
+def stream_seed(seed: int, use: int, epoch: int = 0) -> int:
+    """Return where the random numbers of a use named above start, in an epoch if it has one."""
+    stream = {FIXED_NOISE: 0, DRAWING: -1, NORM_STATISTICS: -2}.get(use, epoch)
+    return seed if use == FIRST_WEIGHTS else seed * 2**20 + stream
 
 
-def make_noise(count: int, seed: int, stream: int) -> Tensor:
-    """Draw noise (count, latent_dim, 1, 1) on the CPU, so that it is the same for any device."""
-    return torch.randn(count, LATENT_DIM, 1, 1, generator=random_stream(seed, stream))
+def random_stream(
+    seed: int, use: int, epoch: int = 0, device: str | torch.device = "cpu"
+) -> torch.Generator:
+    """Return the random numbers of a use, from their start."""
+    return torch.Generator(device).manual_seed(stream_seed(seed, use, epoch))
+
+
+def make_noise(count: int, latent_dim: int, seed: int, use: int) -> Tensor:
+    """Return noise (count, latent_dim, 1, 1), made on the CPU so that it is the same everywhere."""
+    return torch.randn(count, latent_dim, 1, 1, generator=random_stream(seed, use))
 
 
 def order_of_epoch(digits: Tensor, seed: int, epoch: int) -> Tensor:
     """Return the indices (n,) of digits (n, 28, 28) as an epoch sees them, on their device."""
-    order = torch.randperm(len(digits), generator=random_stream(seed, epoch))
+    order = torch.randperm(len(digits), generator=random_stream(seed, ORDER, epoch))
     return order.to(digits.device)
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Let torch's default random numbers on the CPU start at a seed, for a while."""
-    with torch.random.fork_rng(devices=[]):
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Let torch's default random numbers on the CPU and a device start at a seed, for a while.
+
+    All layers take these: for their first weights, or at every call, as dropout does.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
         yield
 
 
@@ -342,21 +447,27 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def place(network: nn.Module, device: torch.device) -> nn.Module:
+    """Move a network to a device, in the memory layout that is the fastest there and right."""
+    if device.type in ("cpu", "cuda"):
+        return network.to(device=device, memory_format=torch.channels_last)
+    return network.to(device=device)  # on mps, BatchNorm's gradients are wrong in channels_last
+
+
 class DCGAN:
     """Both networks and their optimisers, and the averaged generator, which draws all digits."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
-        with seeded(settings.seed):
-            self.generator = Generator(LATENT_DIM, WIDTH).apply(weights_init)
-            self.discriminator = Discriminator(WIDTH).apply(weights_init)
-        for network in (self.generator, self.discriminator):
-            network.to(device=device, memory_format=torch.channels_last)  # the fastest layout
+        with seeded(stream_seed(settings.seed, FIRST_WEIGHTS), torch.device("cpu")):
+            self.generator = Generator(settings.latent_dim, settings.width).apply(weights_init)
+            self.discriminator = Discriminator(settings.width).apply(weights_init)
+        place(self.generator, device)
+        place(self.discriminator, device)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        betas = (settings.beta1, settings.beta2)
         adam = functools.partial(
             torch.optim.Adam,
             lr=settings.lr,
-            betas=betas,
+            betas=(settings.beta1, settings.beta2),
             fused=True,  # the fastest implementation
             capturable=True,  # so that a CUDA graph can record it
         )
@@ -381,8 +492,13 @@ class DCGAN:
         average(list(self.average.parameters()), list(self.generator.parameters()), None)
 
     def fit_norm_statistics(self) -> None:
-        """Give the averaged generator's BatchNorm layers the statistics of its own weights."""
-        z = make_noise(NORM_SAMPLES, self.settings.seed, NORM_STATISTICS)
+        """Give the averaged generator's BatchNorm layers the statistics of its own weights.
+
+        What other layers keep beside their weights is the generator's.
+        """
+        for buffer, source in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            buffer.copy_(source)
+        z = make_noise(1000, self.settings.latent_dim, self.settings.seed, NORM_STATISTICS)
         with self.autocast():
             update_bn(z.split(100), self.average, self.device)
 
@@ -396,14 +512,8 @@ class DCGAN:
             "optimizer_d": self.optimizer_d,
         }
 
-    def restore(self, checkpoint: dict) -> None:
-        """Go back to where a checkpoint was made."""
-        for name, part in self.parts().items():
-            part.load_state_dict(checkpoint[name])
-        self.epoch = checkpoint["epoch"]
 
-
-# The figures of a step, in the order in which training_step returns them, and their log line. ds is
+# The numbers of a step, in the order in which training_step returns them, and their log line. ds is
 # the discriminator, gn the generator; true_out is the mean of D(x), fake_out that of D(G(z)) before
 # and after the update of the discriminator.
 STATS = ("ds_loss", "gn_loss", "true_out", "fake_out_before", "fake_out_after")
@@ -426,10 +536,15 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
 
     After Algorithm 1 of Goodfellow et al. (2014), arXiv:1406.2661, with its non-saturating loss.
     The generator's first update takes the noise that the discriminator has learnt from.
+
+    Who changes this function keeps a contract. On a GPU, it is recorded once into a CUDA graph and
+    then replayed: it makes tensors from tensors on one device, calls no ``.item()``, prints
+    nothing, and takes no Python number that changes from step to step. ``--graph off`` leaves the
+    graph out. Random numbers, such as dropout's, are torch's default ones: each epoch seeds them.
     """
-    noise, *more_noise = z.split(len(real))
+    noises = z.split(len(real))  # one (n, latent_dim, 1, 1) for each update of the generator
     with gan.autocast():
-        fake = gan.generator(noise)  # (n, 1, 28, 28) in [-1, 1]
+        fake = gan.generator(noises[0])  # (n, 1, 28, 28) in [-1, 1]
 
     # (1) The discriminator: maximise log D(x) + log(1 - D(G(z))), the negative of its loss.
     gan.discriminator.requires_grad_(True)
@@ -447,7 +562,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     # its weights.
     gan.discriminator.requires_grad_(False)
     on_fake_after, gn_loss = update_generator(gan, fake)
-    for noise in more_noise:
+    for noise in noises[1:]:
         with gan.autocast():
             fake = gan.generator(noise)
         update_generator(gan, fake)
@@ -472,13 +587,17 @@ def update_generator(gan: DCGAN, fake: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def draw(generator: nn.Module, z: Tensor, precision: str = "fp32") -> Tensor:
-    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black."""
+    """Draw digits from noise (n, latent_dim, 1, 1): uint8 (n, 28, 28) on the CPU, 0 is black.
+
+    The same noise gives the same digits, also if the generator has random layers.
+    """
     device = next(generator.parameters()).device
     digits = []
-    for part in z.split(100):  # a few at a time, for little memory
-        with autocast(device, precision):
-            images = generator(part.to(device)).squeeze(1)  # in [-1, 1]
-        digits.append(((images + 1) * 127.5).round().byte().cpu())
+    with seeded(0, device):
+        for part in z.split(100):  # a few at a time, for little memory
+            with autocast(device, precision):
+                images = generator(part.to(device)).squeeze(1)  # in [-1, 1]
+            digits.append(((images + 1) * 127.5).round().byte().cpu())
     return torch.cat(digits)
 
 
@@ -492,44 +611,39 @@ def train_epochs(
 ) -> Iterator[Tensor]:
     """Train until ``epochs`` are done; after each, yield the STATS of its steps (steps, 5).
 
-    ``gan`` is then complete: it can be scored, saved and drawn with. Raises Failure if training
-    diverges.
+    ``digits`` (n, 28, 28) of uint8 are on the device. At each yield, ``gan`` is complete: it can be
+    scored, saved and drawn with. Raises Failure if training diverges.
     """
+    settings = gan.settings
     while gan.epoch < epochs:
-        title = f"Epoch {gan.epoch + 1}/{epochs}"
+        epoch = gan.epoch + 1
+        title = f"Epoch {epoch}/{epochs}"
         print(title)
-        stats = train_epoch(gan, step, digits, title, log_every)
-        gan.epoch += 1
-        gan.fit_norm_statistics()
+        # every digit once, in a new order; all are in one tensor, so that no DataLoader is needed
+        batches = order_of_epoch(digits, settings.seed, epoch).split(settings.batch_size)
+        if settings.dry_run:
+            batches = batches[:3]
+        stats = torch.zeros(len(batches), len(STATS), device=gan.device)
+        stream = random_stream(settings.seed, NOISE, epoch, gan.device)
+        with (
+            seeded(stream_seed(settings.seed, LAYERS, epoch), gan.device),
+            progress_bar(batches, desc=title, unit="step") as progress,
+        ):
+            for i, batch in enumerate(progress):
+                real = to_images(digits[batch])  # (n, 1, 28, 28) in [-1, 1]
+                count = settings.generator_steps * len(real)
+                shape = (count, settings.latent_dim, 1, 1)
+                z = torch.randn(shape, generator=stream, device=gan.device)
+                stats[i] = step(real, z)
+                gan.update_average(gan.epoch * len(batches) + i + 1)
+                if i % log_every == 0:  # only here the CPU waits for a GPU
+                    check_finite(gan, stats[: i + 1], title)
+                    values = dict(zip(STATS, stats[i].tolist(), strict=True))
+                    tqdm.write(LOG_LINE.format(step=i + 1, steps=len(batches), **values))
+            check_finite(gan, stats, title)
+            gan.fit_norm_statistics()
+        gan.epoch = epoch
         yield stats
-
-
-def train_epoch(gan: DCGAN, step: Step, digits: Tensor, title: str, log_every: int) -> Tensor:
-    """Train on every digit once, in a new order; return the STATS of each step (steps, 5).
-
-    A dry run takes three steps only.
-    """
-    seed = gan.settings.seed
-    epoch = gan.epoch + 1
-    # no DataLoader is needed: all digits are in one tensor, on the device
-    batches = order_of_epoch(digits, seed, epoch).split(gan.settings.batch_size)
-    if gan.settings.dry_run:
-        batches = batches[:3]
-    noise = random_stream(seed, epoch, gan.device)
-    stats = torch.zeros(len(batches), len(STATS), device=gan.device)
-    with progress_bar(batches, desc=title, unit="step") as progress:
-        for i, index in enumerate(progress):
-            count = gan.settings.generator_steps * len(index)
-            z = torch.randn(count, LATENT_DIM, 1, 1, generator=noise, device=gan.device)
-            stats[i] = step(to_images(digits[index]), z)
-            gan.update_average(gan.epoch * len(batches) + i + 1)
-            logged = i % log_every == 0
-            if logged or i + 1 == len(batches):  # only here the CPU waits for a GPU
-                check_finite(gan, stats[: i + 1], title)
-            if logged:
-                figures = dict(zip(STATS, stats[i].tolist(), strict=True))
-                tqdm.write(LOG_LINE.format(step=i + 1, steps=len(batches), **figures))
-    return stats
 
 
 def progress_bar(items: Sequence | None = None, **options: object) -> tqdm:
@@ -542,7 +656,7 @@ def progress_bar(items: Sequence | None = None, **options: object) -> tqdm:
 
 
 def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
-    """Raise Failure if a figure of the steps so far, (steps, 5), or a weight is not finite."""
+    """Raise Failure if a number of the steps so far, (steps, 5), or a weight is not finite."""
     finite = stats.isfinite().all(dim=1)
     weights = [*gan.generator.parameters(), *gan.discriminator.parameters()]
     finite[-1] &= nn.utils.get_total_norm(weights).isfinite()
@@ -552,7 +666,17 @@ def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
 
 
 # ============================================ speed =============================================
-def pick_device(name: str, local_rank: int) -> torch.device:
+def started_by_torchrun() -> bool:
+    """Tell whether this is one of the processes that torchrun starts."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def process_rank() -> int:
+    """Return the number of this process; the first one, 0, reads, writes and prints for all."""
+    return int(os.environ["RANK"]) if started_by_torchrun() else 0
+
+
+def pick_device(name: str) -> torch.device:
     """Return the device to compute on. Raises WrongInput if it is not there."""
     there = {
         "cuda": torch.cuda.is_available(),
@@ -564,9 +688,12 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     if not there[name]:
         missing = f"this machine has no {name}, or its PyTorch cannot use it"
         raise WrongInput(f"argument --device: {missing}; cpu always works")
-    if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise OSError(f"there is no GPU number {local_rank}: start fewer processes")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    number = int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else 0
+    if number >= torch.cuda.device_count():
+        raise OSError(f"there is no GPU number {number}: start fewer processes")
+    return torch.device(name, number)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -641,177 +768,169 @@ class PatchSum(torch.autograd.Function):
         return Patches.apply(gradient, ctx.kernel, ctx.stride), None
 
 
-class Product(nn.Module):
-    """A convolution without padding that is computed as a product, with the layer's parameters."""
-
-    def __init__(self, layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
-        super().__init__()
-        self.weight = layer.weight
-        self.bias = layer.bias
-        self.stride = layer.stride[0]
-
-
-class ProductConv2d(Product):
-    """Conv2d: (n, c, h, w) -> (n, filters, rows, columns)."""
+class ProductConv2d(nn.Conv2d):
+    """Conv2d as a product: (n, c, h, w) -> (n, filters, rows, columns)."""
 
     def forward(self, images: Tensor) -> Tensor:
         weights = self.weight.permute(0, 2, 3, 1)  # (filters, kernel, kernel, c)
-        patches = Patches.apply(images.permute(0, 2, 3, 1), weights.shape[1], self.stride)
+        patches = Patches.apply(images.permute(0, 2, 3, 1), weights.shape[1], self.stride[0])
         results = nn.functional.linear(patches.flatten(3), weights.flatten(1), self.bias)
         return results.permute(0, 3, 1, 2)
 
 
-class ProductConvTranspose2d(Product):
-    """ConvTranspose2d: (n, c, rows, columns) -> (n, filters, h, w)."""
+class ProductConvTranspose2d(nn.ConvTranspose2d):
+    """ConvTranspose2d as a product: (n, c, rows, columns) -> (n, filters, h, w)."""
 
     def forward(self, images: Tensor) -> Tensor:
         weights = self.weight.permute(0, 2, 3, 1)  # (c, kernel, kernel, filters)
         patches = images.permute(0, 2, 3, 1) @ weights.flatten(1)
-        results = PatchSum.apply(patches.unflatten(3, weights.shape[1:]), self.stride)
-        results = results + self.bias.to(results.dtype)
+        results = PatchSum.apply(patches.unflatten(3, weights.shape[1:]), self.stride[0])
+        if self.bias is not None:
+            results = results + self.bias.to(results.dtype)
         return results.permute(0, 3, 1, 2)
 
 
-def use_products(network: Generator | Discriminator) -> None:
-    """Replace the convolutions without padding by products; the parameters stay the same."""
-    for i, layer in enumerate(network.layers):
-        if isinstance(layer, nn.Conv2d) and layer.padding == (0, 0):
-            network.layers[i] = ProductConv2d(layer)
-        elif isinstance(layer, nn.ConvTranspose2d) and layer.padding == (0, 0):
-            network.layers[i] = ProductConvTranspose2d(layer)
+def use_products(network: nn.Module) -> None:
+    """Let a network's convolutions compute as products, each that does exactly what one does.
+
+    A layer stays the object that it is, with its weights and hooks; only its class changes.
+    """
+    products = {nn.Conv2d: ProductConv2d, nn.ConvTranspose2d: ProductConvTranspose2d}
+    for layer in network.modules():
+        product = products.get(type(layer))  # no subclass, which may compute something else
+        if product is None:
+            continue
+        plain = (layer.padding, layer.output_padding, layer.dilation) == ((0, 0), (0, 0), (1, 1))
+        if plain and layer.groups == 1:
+            layer.__class__ = product
 
 
 class GraphedStep:
     """training_step on a GPU, replayed from a CUDA graph: one launch instead of hundreds."""
 
-    WARM_UP = 3  # full batches before the recording; by then everything is allocated
-
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
-        self.full_batches = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.real: Tensor | None = None  # what the graph reads
-        self.z: Tensor | None = None
-        self.stats: Tensor | None = None  # what it writes; the next replay overwrites it
+        self.replay: Step | None = None  # of full batches; the others fit no graph
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
-        if len(real) < self.gan.settings.batch_size:  # the rest of an epoch fits no graph
+        if len(real) < self.gan.settings.batch_size:
             return training_step(self.gan, real, z)
-        self.full_batches += 1
-        if self.full_batches == self.WARM_UP + 1:
-            self.record(real, z)
-        if self.graph is None:
-            return training_step(self.gan, real, z)
-        self.real.copy_(real)
-        self.z.copy_(z)
-        self.graph.replay()
-        return self.stats
+        if self.replay is None:
+            self.warm_up(real, z)
+            self.replay = self.record(real.clone(), z.clone())
+        return self.replay(real, z)
 
-    def record(self, real: Tensor, z: Tensor) -> None:
-        """Record the step in a graph that reads copies of the batch; nothing is computed yet."""
-        self.real = real.clone()
-        self.z = z.clone()
+    def warm_up(self, real: Tensor, z: Tensor) -> None:
+        """Take steps until all that a step needs is allocated; put back what they change."""
+        networks = (self.gan.generator, self.gan.discriminator)
+        tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+        before = [(tensor, tensor.clone()) for tensor in tensors + self.kept_by_optimizers()]
+        with torch.random.fork_rng([self.gan.device]), torch.no_grad():
+            for _ in range(3):
+                with torch.enable_grad():
+                    training_step(self.gan, real, z)
+            for tensor in self.kept_by_optimizers():
+                tensor.zero_()  # where nothing was kept before, an optimiser starts from zero
+            for tensor, value in before:
+                tensor.copy_(value)
+
+    def kept_by_optimizers(self) -> list[Tensor]:
+        """Return what both optimisers keep of the steps so far."""
+        optimizers = (self.gan.optimizer_g, self.gan.optimizer_d)
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        return [value for state in states for value in state.values() if torch.is_tensor(value)]
+
+    def record(self, graph_real: Tensor, graph_z: Tensor) -> Step:
+        """Record a step on these tensors; return what copies a batch there and takes the step.
+
+        If that cannot be, return the plain step: if the fault is its own, it shows itself.
+        """
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                self.stats = training_step(self.gan, self.real, self.z)
-            self.graph = graph
-        except RuntimeError as error:
+                stats = training_step(self.gan, graph_real, graph_z)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
             reason = str(error).split("\n")[0]
             print(f"warning: no CUDA graph, so steps take longer: {reason}")
+            return functools.partial(training_step, self.gan)
+
+        def replay(real: Tensor, z: Tensor) -> Tensor:
+            graph_real.copy_(real)
+            graph_z.copy_(z)
+            graph.replay()
+            return stats  # which the next replay overwrites
+
+        return replay
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a run that torchrun started: which one this is, and what they exchange."""
-
-    rank: int = 0  # of this process; the first one, 0, reads, writes and prints
-    count: int = 1
-    local_rank: int = 0  # of this process among those on its machine: the number of its GPU
-
-    @contextmanager
-    def connected(self, device: torch.device) -> Iterator[None]:
-        """Connect the processes for a while. Raises Failure if they lose each other."""
-        if self.count == 1:
-            yield
-            return
-        try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (dist.DistError, ValueError) as error:
-            raise Failure(f"the processes of this run cannot connect: {error}") from error
-        try:
-            with lost_process_is_failure(dist.DistError):
-                yield
-        finally:
-            dist.destroy_process_group()
-
-    def broadcast(self, value: object) -> object:
-        """Return the first process's value in every process. Raises Failure."""
-        values = [value]
-        if self.count > 1:
-            with lost_process_is_failure(RuntimeError):
-                dist.broadcast_object_list(values)
-        return values[0]
-
-    def average(self, tensor: Tensor) -> None:
-        """Replace a tensor by its mean over the processes, in all of them. Raises Failure."""
-        with lost_process_is_failure(RuntimeError):
-            dist.all_reduce(tensor)
-        tensor /= self.count
+LOST = "a process of this run has ended; use --resume to continue"
 
 
 @contextmanager
-def lost_process_is_failure(kind: type[Exception]) -> Iterator[None]:
-    """Turn an error of the communication into the line that says what happened.
-
-    ``kind`` is RuntimeError around a call that only communicates, DistError around all else.
-    """
-    try:
+def connected(device: torch.device) -> Iterator[None]:
+    """Connect the processes that torchrun has started, if it has, for a while. Raises Failure."""
+    if not started_by_torchrun():
         yield
-    except kind as error:
-        reason = textwrap.shorten(str(error), 200)
-        raise Failure(
-            f"a process of this run has ended; use --resume to continue ({reason})"
-        ) from error
+        return
+    with explained("the processes of this run cannot connect", (dist.DistError, ValueError)):
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        with explained(LOST, dist.DistError):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first_process(value: object) -> Any:
+    """Return the first process's value in every process. Raises Failure."""
+    values = [value]
+    if started_by_torchrun():
+        with explained(LOST, RuntimeError):  # of whatever kind, for this only communicates
+            dist.broadcast_object_list(values)
+    return values[0]
 
 
 class SharedStep:
     """training_step in several processes at once, each with its share of the batch.
 
-    Gradients and figures are means over the processes, also of a last batch with unequal shares.
+    Gradients and STATS are means over the processes, also of a last batch with unequal shares.
     """
 
-    def __init__(self, gan: DCGAN, processes: Processes) -> None:
+    def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
-        self.processes = processes
         for network in (gan.generator, gan.discriminator):
             if gan.device.type == "cuda":  # BatchNorm's statistics are then of the whole batch
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
             for parameter in network.parameters():
-                parameter.register_post_accumulate_grad_hook(self.average_gradient)
+                parameter.register_post_accumulate_grad_hook(lambda p: self.average(p.grad))
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         own_z = [self.share(noise) for noise in z.split(len(real))]
         stats = training_step(self.gan, self.share(real), torch.cat(own_z))
-        self.processes.average(stats)
+        self.average(stats)
         return stats
 
     def share(self, batch: Tensor) -> Tensor:
         """Return this process's share of a batch (n, ...)."""
-        return batch.tensor_split(self.processes.count)[self.processes.rank]
+        return batch.tensor_split(dist.get_world_size())[dist.get_rank()]
 
-    def average_gradient(self, parameter: Tensor) -> None:
-        self.processes.average(parameter.grad)
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the processes, in all of them. Raises Failure."""
+        with explained(LOST, RuntimeError):
+            dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
 
 
-def fastest_step(gan: DCGAN, processes: Processes) -> Step:
-    """Return the fastest training step for this device; on a CPU, layers are replaced for it."""
+def fastest_step(gan: DCGAN, graph: bool = True) -> Step:
+    """Return the fastest training step for this device; on a CPU, layers are prepared for it."""
     if gan.device.type == "cpu":
         use_products(gan.generator)
         use_products(gan.discriminator)
-    if processes.count > 1:
-        return SharedStep(gan, processes)
-    if gan.device.type == "cuda":
+    if started_by_torchrun():
+        return SharedStep(gan)
+    if gan.device.type == "cuda" and graph:
         return GraphedStep(gan)
     return functools.partial(training_step, gan)
 
@@ -832,12 +951,13 @@ def grid(digits: Tensor, caption: str = "") -> Image.Image:
     return picture
 
 
-def stages(samples: Tensor, real: Tensor) -> list[Image.Image]:
-    """Return grids of one size: at most ten epochs of samples (epochs, n, 28, 28), evenly chosen,
-    then the real digits (m, 28, 28)."""
-    epochs = len(samples)
+def stages(samples: Callable[[int], Tensor], epochs: int, real: Tensor) -> list[Image.Image]:
+    """Return grids of one size: at most ten epochs, evenly chosen, then the real digits.
+
+    ``samples`` of an epoch, 1 to ``epochs``, are digits (n, 28, 28) of uint8, as are the real ones.
+    """
     shown = torch.linspace(1, epochs, min(epochs, 10)).round().int().tolist()
-    pictures = [grid(samples[epoch - 1], f"epoch {epoch}") for epoch in shown]
+    pictures = [grid(samples(epoch), f"epoch {epoch}") for epoch in shown]
     last = grid(real, "real digits").crop((0, 0, *pictures[0].size))  # m may be smaller than n
     return [*pictures, last]
 
@@ -847,28 +967,33 @@ def stacked(pictures: list[Image.Image]) -> Image.Image:
     return Image.fromarray(np.vstack([np.asarray(picture) for picture in pictures]))
 
 
-def curves(history: dict[str, Tensor]) -> Image.Image:
-    """Draw a run's figures, each (steps,), over the steps: losses, distance, outputs."""
+def curves(stats: dict[str, Tensor], scores: dict[str, Tensor]) -> Image.Image:
+    """Plot the STATS of a run, each (steps,), and the FD among its scores, each (epochs,)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = len(history["ds_loss"])
+    steps = len(stats["ds_loss"])
     group = math.ceil(steps / 400)  # steps to a point, so that curves of any length are clear
 
-    def plot(panel, label: str, scale: str, names: tuple[str, ...]) -> None:
+    def plot(panel, label: str, names: tuple[str, ...]) -> None:
         for name in names:
-            points = [part.mean() for part in history[name].split(group)]
+            points = [part.mean() for part in stats[name].split(group)]
             panel.plot(range(1, steps + 1, group), points, label=name)
-        panel.set(ylabel=label, yscale=scale)
+        panel.set(ylabel=label)
+
+    scored = scores["fd"].isfinite().any()
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    panels = figure.subplots(3 if scored else 2, sharex=True)
+    plot(panels[0], "cross-entropy", ("ds_loss", "gn_loss"))
+    plot(panels[-1], "mean output", ("true_out", "fake_out_before", "fake_out_after"))
+    panels[-1].set(xlabel=f"step (mean of {group})", ylim=(0, 1))
+    if scored:
+        length = steps // len(scores["fd"])  # of an epoch
+        panels[1].plot(range(length, steps + 1, length), scores["fd"], marker=".", label="fd")
+        panels[1].set(ylabel="Frechet distance to real digits", yscale="log")
+    for panel in panels:
         panel.grid(alpha=0.3)
         panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
-    figure = Figure(figsize=(10, 10), layout="constrained")
-    losses, distance, outputs = figure.subplots(3, sharex=True)
-    plot(losses, "cross-entropy", "linear", ("ds_loss", "gn_loss"))
-    plot(distance, "Frechet distance to real digits", "log", ("fd",))
-    plot(outputs, "mean output", "linear", ("true_out", "fake_out_before", "fake_out_after"))
-    outputs.set(xlabel=f"step (mean of {group})", ylim=(0, 1))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -882,14 +1007,31 @@ def nearest(digits: Tensor, real: Tensor) -> Image.Image:
     return grid(torch.cat([digits[:10], found[:10], digits[10:], found[10:]]))
 
 
+def png(picture: Image.Image) -> bytes:
+    """Return a picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def animation(pictures: list[Image.Image]) -> bytes:
+    """Return pictures of one size as the content of a GIF file that shows them in turn."""
+    first, *others = pictures
+    times = [600] * len(others) + [2000]  # milliseconds; the last picture stays longer
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=times, loop=0)
+    return buffer.getvalue()
+
+
 # ============================================ scores ============================================
-SCORES = ("fd", "digits", "evenness", "confident")  # of an epoch; --evaluate adds three
-SCORE_LINE = (
-    "score: FD {fd:.1f} (floor {floor:.1f}) - digits {digits}/10 - evenness {evenness:.2f}"
-    " - confident {confident:.2f}"
-)
+SCORES = {  # of an epoch, as the log shows them; --evaluate adds three
+    "fd": "FD {:.1f}",
+    "digits": "digits {:.0f}/10",
+    "evenness": "evenness {:.2f}",
+    "confident": "confident {:.2f}",
+}
 SCORER = BUNDLED / "scorer.pt"  # made by MNIST/make_scorer.py
-# the figures of another judge could not be compared
+# the scores of another judge could not be compared
 SCORER_SHA256 = "d782c3e5e0288462ac378926cc78c83b3790ca0ea3258a17bbd15e39732642f4"
 UNSEEN = {"train": "test", "test": "train"}  # what a run on a split is compared with
 NEIGHBOURS = 5  # of a real digit that bound its neighbourhood, as in Naeem et al.
@@ -939,11 +1081,9 @@ class Classifier(nn.Module):
 
 
 def read_scorer() -> dict:
-    """Read the classifier and the figures of real digits. Raises Failure if they are not ours."""
-    try:
+    """Read the classifier and the scores of real digits. Raises Failure if they are not ours."""
+    with explained(f"cannot read {SCORER}", OSError):
         content = SCORER.read_bytes()
-    except OSError as error:
-        raise Failure(f"cannot read {SCORER} ({error.strerror})") from error
     if hashlib.sha256(content).hexdigest() != SCORER_SHA256:
         raise Failure(f"{SCORER} is not the included scorer; scores of another cannot be compared")
     return torch.load(io.BytesIO(content), weights_only=True)  # runs no code
@@ -951,7 +1091,7 @@ def read_scorer() -> dict:
 
 def load_classifier(content: dict, device: torch.device) -> Classifier:
     """Return the classifier in what read_scorer returns, ready to judge."""
-    with torch.random.fork_rng(devices=[]):  # new weights draw from the caller's random numbers
+    with torch.random.fork_rng(devices=[]):  # new weights take the caller's random numbers
         classifier = Classifier()
     classifier.load_state_dict(content["classifier"])
     return classifier.to(device).eval().requires_grad_(False)
@@ -961,7 +1101,8 @@ class Scorer:
     """Tell how good the digits of a model are that was trained on a split of MNIST.
 
     They are compared with the other split, which the model has not seen. ``floors`` has, by the
-    number of digits, what as many real ones of the split that it has seen get.
+    number of digits, what as many real ones of the split that it has seen get. A score that was
+    added later has no floor.
     """
 
     def __init__(self, content: dict, seen: str, device: torch.device) -> None:
@@ -998,9 +1139,18 @@ class Scorer:
         return {**scores, "density": density, "coverage": coverage, "copies": copies}
 
 
+def score_line(scores: dict[str, float], floor: dict[str, float]) -> str:
+    """Return the log's line of an epoch's SCORES, with the FD of real digits if it is known."""
+    parts = {name: form.format(scores[name]) for name, form in SCORES.items()}
+    if "fd" in floor:
+        parts["fd"] += f" (floor {floor['fd']:.1f})"
+    return f"score: {' - '.join(parts.values())}"
+
+
 def some(digits: Tensor, count: int) -> Tensor:
     """Return ``count`` of the digits (n, ...), chosen at random, but the same ones every time."""
-    order = torch.randperm(len(digits), generator=random_stream(seed=0, stream=0))
+    # the floors in scorer.pt come from these numbers, whatever the streams of a run are
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     return digits[order[:count]]
 
 
@@ -1049,8 +1199,8 @@ def density_and_coverage(drawn: Tensor, real: Tensor) -> tuple[float, float]:
 def share_of_copies(drawn: Tensor, seen: Tensor, unseen: Tensor) -> float:
     """Return the share of drawn digits that are nearer to a seen digit than to any unseen one.
 
-    All are features, (n, d) and twice (m, d), of as many digits that training saw as it did not.
-    The share is about 0.5 if nothing is copied, and 1 if all are copies of those given.
+    All are features: ``drawn`` (n, d), and of as many seen digits as unseen ones, both (m, d). The
+    share is about 0.5 if nothing is copied, and 1 if all are copies of those given.
     """
     copies = 0
     for part in drawn.split(500):
@@ -1060,21 +1210,23 @@ def share_of_copies(drawn: Tensor, seen: Tensor, unseen: Tensor) -> float:
     return copies / len(drawn)
 
 
-def signs_of_collapse(epoch: dict[str, Tensor], before: dict[str, Tensor]) -> list[str]:
-    """List the signs of a collapse in the figures of an epoch's steps, each (steps,) by its name.
+def signs_of_collapse(
+    ds_loss: Tensor, scores: dict[str, float], before: dict[str, Tensor]
+) -> list[str]:
+    """List the signs of a collapse in the losses (steps,) and the scores of an epoch.
 
-    ``before`` has the figures of all earlier steps. A score is bad only beside a better one there.
+    ``before`` has the scores of all earlier epochs, each (epochs,); those that were not scored have
+    NaN. A score is bad only beside a better one.
     """
     signs = []
-    if epoch["ds_loss"].max() < 0.05:
+    if ds_loss.max() < 0.05:
         signs.append("ds_loss stayed under 0.05")
-    scored = before["fd"].isfinite()  # an epoch without scores has NaN
+    scored = before["fd"].isfinite()
     if scored.any():
-        digits = epoch["digits"][0]
-        most = before["digits"][scored].max()
-        if digits <= most - 3:
-            signs.append(f"digits fell from {most:.0f} to {digits:.0f}")
-        if epoch["fd"][0] > 2 * before["fd"][scored].min():
+        most = before["digits"][scored].max().item()
+        if scores["digits"] <= most - 3:
+            signs.append(f"digits fell from {most:.0f} to {scores['digits']:.0f}")
+        if scores["fd"] > 2 * before["fd"][scored].min().item():
             signs.append("FD is more than twice its best")
     return signs
 
@@ -1082,18 +1234,118 @@ def signs_of_collapse(epoch: dict[str, Tensor], before: dict[str, Tensor]) -> li
 # ============================================ files =============================================
 CHECKPOINT = "checkpoint.pt"
 BEST = "generator_best.pt"
-REAL_SAMPLES = "real_samples.png"
-TIMELINE = "timeline.png"
-ANIMATION = "training.gif"
-CURVES = "loss_curve.png"
 HISTORY = "history.csv"
+TIMELINE = "timeline.png"
 GENERATED = "generated.png"
 GENERATED_DIGITS = "generated.npy"
 INTERPOLATION = "interpolation.png"
 SCORE = "score.json"
 NEAREST = "nearest.png"
-# of a checkpoint: one more whenever networks, figures or Run.checkpoint change; EXAMPLE has it too
-FORMAT = 4
+# of a checkpoint: one more whenever Run.checkpoint changes; EXAMPLE has it too
+FORMAT = 5
+
+
+class Run:
+    """A run so far: all that its checkpoint holds and its pictures show."""
+
+    def __init__(self, gan: DCGAN, digits: Tensor, data_path: str | None, epochs: int) -> None:
+        self.gan = gan
+        self.data = {"sha256": sha256_of(digits), "path": data_path}  # None: the bundled digits
+        order = order_of_epoch(digits, gan.settings.seed, epoch=1)
+        self.real = digits[order[:SAMPLES]]  # those that training sees first
+        self.epochs = epochs  # that it is to have in the end
+        self.stats = {name: torch.empty(0) for name in STATS}  # of each step (steps,)
+        self.scores = {name: torch.empty(0) for name in SCORES}  # of each epoch; NaN: not scored
+        self.packed_samples: list[Tensor] = []  # of each epoch, compressed
+        self.table_bytes = 0  # length of the table of all these numbers
+
+    @property
+    def best_epoch(self) -> int:
+        """The first epoch with the lowest FD; 0 if none is scored."""
+        fds = self.scores["fd"].nan_to_num(nan=math.inf).tolist()
+        lowest = min(fds, default=math.inf)
+        return fds.index(lowest) + 1 if lowest < math.inf else 0
+
+    def draw(self, count: int, use: int) -> Tensor:
+        """Draw digits (count, 28, 28) of uint8 from the noise of one use of random numbers."""
+        settings = self.gan.settings
+        z = make_noise(count, settings.latent_dim, settings.seed, use)
+        return draw(self.gan.average, z, settings.precision)
+
+    def add(self, stats: Tensor, scores: dict[str, float]) -> None:
+        """Add an epoch with its STATS (steps, 5), its SCORES if any, and samples."""
+        columns = dict(zip(STATS, stats.cpu().T, strict=True))
+        for name, before in self.stats.items():
+            column = columns.get(name, torch.full((len(stats),), math.nan))
+            self.stats[name] = torch.cat([before, column])
+        for name, before in self.scores.items():
+            score = float(scores.get(name, math.nan))
+            self.scores[name] = torch.cat([before, torch.tensor([score])])
+        packed = zlib.compress(self.draw(SAMPLES, FIXED_NOISE).numpy())
+        self.packed_samples.append(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        self.table_bytes += len(self.table(first_epoch=self.gan.epoch))
+
+    def samples(self, epoch: int) -> Tensor:
+        """Return the digits (n, 28, 28) of uint8 that were drawn after an epoch."""
+        content = zlib.decompress(self.packed_samples[epoch - 1].numpy())
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 28, 28)
+
+    def table(self, first_epoch: int = 1) -> bytes:
+        """Return the numbers of an epoch and all later ones as CSV: a row for each step.
+
+        The names of the columns stand above the first epoch.
+        """
+        steps = len(self.stats["ds_loss"]) // self.gan.epoch
+        numbers = torch.arange((first_epoch - 1) * steps, self.gan.epoch * steps)
+        columns = {"epoch": numbers // steps + 1, "step": numbers % steps + 1}
+        columns |= {name: column[numbers] for name, column in self.stats.items()}
+        columns |= {name: column[numbers // steps] for name, column in self.scores.items()}
+        names = ",".join(columns) if first_epoch == 1 else ""
+        rows = torch.column_stack(list(columns.values()))
+        buffer = io.BytesIO()
+        np.savetxt(buffer, rows, "%.6g", ",", header=names, comments="")
+        return buffer.getvalue()
+
+    def header(self) -> dict:
+        """Return what tells where a checkpoint comes from."""
+        return {
+            "format": FORMAT,
+            "epoch": self.gan.epoch,
+            "settings": dataclasses.asdict(self.gan.settings),
+            "data": self.data,
+            "made_with": {"torch": str(torch.__version__), "device": self.gan.device.type},
+        }
+
+    def checkpoint(self) -> dict:
+        """Return all that is needed to go on exactly."""
+        parts = {name: part.state_dict() for name, part in self.gan.parts().items()}
+        return {
+            **self.header(),
+            **parts,
+            "epochs": self.epochs,
+            "stats": self.stats,
+            "scores": self.scores,
+            "packed_samples": self.packed_samples,
+            "table_bytes": self.table_bytes,
+        }
+
+    def restore(self, checkpoint: dict, path: Path) -> None:
+        """Go back to where a checkpoint was made. STATS and SCORES that it lacks are NaN."""
+        load_weights(self.gan.parts(), checkpoint, path)
+        with damage_explained(path):
+            self.gan.epoch = checkpoint["epoch"]
+            self.packed_samples = checkpoint["packed_samples"]
+            self.table_bytes = checkpoint["table_bytes"]
+            self.stats = with_columns(STATS, checkpoint["stats"])
+            self.scores = with_columns(SCORES, checkpoint["scores"])
+            if len(self.stats | self.scores) > len(checkpoint["stats"] | checkpoint["scores"]):
+                self.table_bytes = len(self.table())  # which has other columns now
+
+
+def with_columns(names: Iterable[str], kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the kept columns, each (n,), and columns of NaN by those names that are missing."""
+    nothing = torch.full_like(next(iter(kept.values())), math.nan)
+    return kept | {name: nothing for name in names if name not in kept}
 
 
 def epoch_picture(epoch: int) -> str:
@@ -1101,15 +1353,21 @@ def epoch_picture(epoch: int) -> str:
     return f"generated_epoch_{epoch:03d}.png"
 
 
+DRAWINGS: dict[str, Callable[[Run], bytes]] = {  # anew after each epoch
+    "real_samples.png": lambda run: png(grid(run.real)),
+    TIMELINE: lambda run: png(stacked(stages(run.samples, run.gan.epoch, run.real))),
+    "training.gif": lambda run: animation(stages(run.samples, run.gan.epoch, run.real)),
+    "loss_curve.png": lambda run: png(curves(run.stats, run.scores)),
+}
+FILES = (CHECKPOINT, BEST, HISTORY, *DRAWINGS)
+FILES += (GENERATED, GENERATED_DIGITS, INTERPOLATION, SCORE, NEAREST)
+
+
 def is_ours(name: str) -> bool:
     """Tell whether a file's name is exactly one that the program writes."""
-    names = {CHECKPOINT, BEST, REAL_SAMPLES, TIMELINE, ANIMATION, CURVES, HISTORY}
-    names |= {GENERATED, GENERATED_DIGITS, INTERPOLATION, SCORE, NEAREST}
-    if name in names:
-        return True
     match = re.fullmatch(r"generated_epoch_([0-9]{3,9})\.png", name)
     epoch = int(match[1]) if match else 0
-    return epoch > 0 and name == epoch_picture(epoch)
+    return name in FILES or (epoch > 0 and name == epoch_picture(epoch))
 
 
 def command_line(*arguments: object) -> str:
@@ -1120,22 +1378,22 @@ def command_line(*arguments: object) -> str:
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
-@contextmanager
-def unusable_is_wrong_input(folder: Path) -> Iterator[None]:
-    """Raise WrongInput for whatever is wrong with an output folder or its name."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = getattr(error, "strerror", None) or error
-        raise WrongInput(f"argument --output-dir: {folder} cannot be used: {reason}") from error
-
-
 class RunFolder:
-    """The output folder: its lock, what is written when, what is loaded."""
+    """The output folder: its lock, and what is written when.
+
+    Raises WrongInput if there can be no folder of this name.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock_handle: int | None = None
+        with self.usable(), suppress(FileNotFoundError):  # a missing folder can be made
+            path.stat()
+
+    def usable(self) -> AbstractContextManager[None]:
+        """Return a context in which whatever is wrong with the folder or its name is WrongInput."""
+        what = f"argument --output-dir: {self.path} cannot be used"
+        return explained(what, (OSError, ValueError), failure=WrongInput)
 
     def has_run(self) -> bool:
         """Tell whether the folder holds a run, be it one that was moved into a folder below it."""
@@ -1143,15 +1401,12 @@ class RunFolder:
         return checkpoint.exists() or bool(moved_away(checkpoint))
 
     def begin(self, dry_run: bool) -> None:
-        """Make and lock the folder, and move the files of an earlier run into one below it.
+        """Make and take the folder, and move the files of an earlier run into one below it.
 
         A dry run is refused where a run is. Raises Failure and leaves all files where they were.
         """
         self.make()
-        self.lock()
-        for path in self.path.glob(".*.tmp"):  # half-written by a run that was killed
-            if is_ours(path.name.removeprefix(".").removesuffix(".tmp")):
-                path.unlink()
+        self.take()
         files = [path for path in sorted(self.path.iterdir()) if is_ours(path.name)]
         if files and dry_run:
             held = f"{self.path} already holds {files[0].name}"
@@ -1159,22 +1414,27 @@ class RunFolder:
         if files:
             self.move_away(files)
 
-    def resume(self) -> dict:
-        """Lock the folder and return the checkpoint of its run. Raises Failure."""
-        if self.path.is_dir():
-            self.make()
-            self.lock()
-        return read_checkpoint(self.path / CHECKPOINT)
-
     def make(self) -> None:
-        """Make the folder if it is missing. Raises WrongInput if nothing can be written there."""
-        with unusable_is_wrong_input(self.path):
+        """Make the folder if it is missing, and see whether files can be written there.
+
+        What killed commands have half written goes, but not before an hour has passed: another
+        command may be writing it. Raises WrongInput.
+        """
+        with self.usable():
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable.tmp"
+            probe = self.temporary(CHECKPOINT)
             probe.touch()
             probe.unlink()
+            for path in self.path.glob(".*.tmp"):
+                match = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}\.tmp", path.name)
+                if match and is_ours(match[1]) and time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()
 
-    def lock(self) -> None:
+    def temporary(self, name: str) -> Path:
+        """Return the path of a file before it is moved to its name: no other command has it."""
+        return self.path / f".{name}.{uuid.uuid4().hex}.tmp"
+
+    def take(self) -> None:
         """Keep other runs out until ``close``. Raises Failure if one is in the folder."""
         try:
             import fcntl
@@ -1203,90 +1463,80 @@ class RunFolder:
         while (self.path / f"previous_{number:03d}").exists():
             number += 1
         previous = self.path / f"previous_{number:03d}"
+        what = f"cannot move the earlier run to {previous}"
+        advice = "close any program that has its files open, or choose another --output-dir"
         try:
-            previous.mkdir()
-            for path in files:
-                path.rename(previous / path.name)
-        except BaseException as error:  # Ctrl-C too must not leave half a run in each folder
+            with explained(what, OSError, advice):
+                previous.mkdir()
+                for path in files:
+                    path.rename(previous / path.name)
+        except BaseException:  # Ctrl-C too must not leave half a run in each folder
             for path in files:
                 if (previous / path.name).exists():
                     (previous / path.name).rename(path)
             if previous.exists():
                 previous.rmdir()
-            if isinstance(error, OSError):
-                advice = "close any program that has its files open, or choose another --output-dir"
-                raise Failure(
-                    f"cannot move the earlier run to {previous} ({error}); {advice}"
-                ) from error
             raise
         print(f"Moved the earlier files in {self.path} to {previous}")
         if self.path / CHECKPOINT in files:
             print(f"To go on with that run: {command_line('--resume', '--output-dir', previous)}")
 
-    def save(self, checkpoint: dict, best_generator: dict | None) -> None:
-        """Write the checkpoint of an epoch, after the best generator if it is a new one."""
-        if best_generator is not None:
-            with self.writing(BEST) as file:
-                torch.save(best_generator, file)
-        with self.writing(CHECKPOINT) as file:
-            torch.save(checkpoint, file)
-
-    def write_pictures(self, samples: Tensor, real: Tensor, history: dict[str, Tensor]) -> None:
-        """Bring pictures and table up to date; one that cannot be written costs a warning.
-
-        ``samples`` (epochs, n, 28, 28) and ``real`` (m, 28, 28) are digits of uint8; ``history``
-        has the figures of each step (steps,) by their names.
-        """
-        with self.redrawing(REAL_SAMPLES) as file:
-            grid(real).save(file, "PNG")
-        for epoch, digits in enumerate(samples, start=1):
-            if not (self.path / epoch_picture(epoch)).exists():
-                with self.redrawing(epoch_picture(epoch)) as file:
-                    grid(digits).save(file, "PNG")
-        frames = stages(samples, real)
-        with self.redrawing(TIMELINE) as file:
-            stacked(frames).save(file, "PNG")
-        with self.redrawing(ANIMATION) as file:
-            times = [600] * (len(frames) - 1) + [2000]  # ms; the real digits stay longer
-            frames[0].save(
-                file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0
-            )
-        with self.redrawing(HISTORY) as file:
-            table = torch.column_stack(list(history.values()))
-            np.savetxt(file, table, "%.6g", ",", header=",".join(history), comments="")
-        with self.redrawing(CURVES) as file:
-            curves(history).save(file, "PNG")
-
-    @contextmanager
-    def redrawing(self, name: str) -> Iterator[io.BytesIO]:
-        """Like ``writing``, for a file that can be drawn again: warn if it cannot be written."""
-        try:
-            with self.writing(name) as file:
-                yield file
-        except Failure as failure:
-            print(f"warning: {failure}; it is drawn again after the next epoch, or by --resume")
-
-    @contextmanager
-    def writing(self, name: str) -> Iterator[io.BytesIO]:
-        """Give a buffer whose content becomes the file at the end: whole, or not at all.
-
-        Raises Failure if it cannot be written; what was there before is then still there.
-        """
+    def save(self, name: str, content: dict) -> None:
+        """Write a checkpoint or what is like one. Raises Failure."""
         buffer = io.BytesIO()
-        yield buffer
+        torch.save(content, buffer)
+        self.write(name, buffer.getbuffer())
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """Write a file whole or, with a Failure, not at all; what was there is then still there."""
         path = self.path / name
-        temporary = self.path / f".{name}.tmp"
+        temporary = self.temporary(name)
         try:
-            with temporary.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            move_into_place(temporary, path)
-        except OSError as error:
-            raise Failure(f"cannot write {path} ({error.strerror or error})") from error
+            with explained(f"cannot write {path}", OSError):
+                with temporary.open("xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                move_into_place(temporary, path)
         finally:
             with suppress(OSError):  # the folder may be gone
                 temporary.unlink(missing_ok=True)
+
+    def write_pictures(self, run: Run) -> None:
+        """Bring table and pictures up to date; one that cannot be written costs a warning."""
+        with only_warned():
+            self.write_table(run)
+        for epoch in range(1, run.gan.epoch + 1):
+            name = epoch_picture(epoch)
+            if not (self.path / name).exists():
+                with only_warned():
+                    self.write(name, png(grid(run.samples(epoch))))
+        for name, drawing in DRAWINGS.items():
+            with only_warned():
+                self.write(name, drawing(run))
+
+    def write_table(self, run: Run) -> None:
+        """Append the last epoch to history.csv, or write all of it if the file is not as it was."""
+        path = self.path / HISTORY
+        rows = run.table(first_epoch=run.gan.epoch)
+        with explained(f"cannot write {path}", OSError):
+            length = path.stat().st_size if path.exists() else 0
+            if length == run.table_bytes - len(rows):
+                with path.open("ab") as file:
+                    file.write(rows)
+                    file.flush()
+                    os.fsync(file.fileno())
+            elif length != run.table_bytes:
+                self.write(HISTORY, run.table())
+
+
+@contextmanager
+def only_warned() -> Iterator[None]:
+    """Warn of a Failure to write what can be written again later."""
+    try:
+        yield
+    except Failure as failure:
+        print(f"warning: {failure}; it is drawn again after the next epoch, or by --resume")
 
 
 def moved_away(path: Path) -> list[Path]:
@@ -1306,8 +1556,8 @@ def move_into_place(temporary: Path, path: Path) -> None:
     temporary.replace(path)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint or a best generator. Raises Failure if it is missing or damaged."""
+def read_checkpoint(path: Path, *more: str) -> dict:
+    """Read a file with a generator, and with ``more`` in it. Raises Failure if it is not sound."""
     if not path.exists():
         advice = "train first, or choose another --output-dir"
         moved = moved_away(path)
@@ -1315,7 +1565,7 @@ def read_checkpoint(path: Path) -> dict:
             advice += f": the latest earlier run is in {moved[-1].parent}"
         raise Failure(f"there is no {path}; {advice}")
     data = io.BytesIO(path.read_bytes())
-    with damage_is_failure(path):
+    with damage_explained(path):
         with zipfile.ZipFile(data) as archive:
             wrong = archive.testzip()
         if wrong is not None:
@@ -1323,40 +1573,59 @@ def read_checkpoint(path: Path) -> dict:
         data.seek(0)
         checkpoint = torch.load(data, map_location="cpu", weights_only=True)  # runs no code
         found = checkpoint.get("format", 1)
-        if found == FORMAT:
-            missing = {"epoch", "digits_sha256", "made_with", "average"} - checkpoint.keys()
-            if missing:
-                raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
-            checkpoint["settings"] = Settings(**checkpoint["settings"])
-    if found != FORMAT:
-        versions = f"it has format {found}, this one {FORMAT}"
-        raise Failure(f"{path} is from another version of this program: {versions}; train again")
+        if found != FORMAT:
+            raise another_version(path, f"it has format {found}, this one {FORMAT}")
+        missing = {"epoch", "settings", "data", "made_with", "average", *more} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"it lacks {' and '.join(sorted(missing))}")
+        known = {field.name for field in dataclasses.fields(Settings)}
+        unknown = checkpoint["settings"].keys() - known
+        if unknown:
+            names = " and ".join(sorted(unknown))
+            raise another_version(path, f"this one has no setting named {names}")
+        checkpoint["settings"] = Settings(**checkpoint["settings"])
     return checkpoint
 
 
-@contextmanager
-def damage_is_failure(path: Path) -> Iterator[None]:
-    """Raise Failure for whatever zipfile or torch raises on a damaged or foreign file."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        reason = textwrap.shorten(str(error), 200)
-        raise Failure(
-            f"{path} is damaged or is not a checkpoint of this program: {reason}"
-        ) from error
+def damage_explained(path: Path) -> AbstractContextManager[None]:
+    """Return a context in which whatever zipfile or torch raises means that a file is damaged."""
+    return explained(f"{path} is damaged or is not a checkpoint of this program", Exception)
 
 
-def read_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
-    """Return the averaged generator in a checkpoint, and the checkpoint. Raises Failure."""
-    checkpoint = read_checkpoint(path)
-    with torch.random.fork_rng(devices=[]):  # new weights draw from the caller's random numbers
-        generator = Generator(LATENT_DIM, WIDTH)
-    with damage_is_failure(path):
-        generator.load_state_dict(checkpoint["average"])
-    generator.to(device=device, memory_format=torch.channels_last)
-    return generator.eval().requires_grad_(False), checkpoint
+def another_version(path: Path, difference: str) -> Failure:
+    """Return what to raise for a checkpoint that this version cannot read."""
+    return Failure(f"{path} is from another version of this program: {difference}; train again")
+
+
+def load_weights(
+    parts: dict[str, nn.Module | torch.optim.Optimizer], checkpoint: dict, path: Path
+) -> None:
+    """Load networks and optimisers by their names. Raises Failure if they are others."""
+    advice = "use the version that wrote it, or train again"
+    with explained(f"{path} holds other networks than {PROGRAM}", Exception, advice):
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+
+
+class TrainedGenerator:
+    """The averaged generator in a file, ready to draw. Raises Failure if there is none."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        self.checkpoint = read_checkpoint(path)
+        self.settings: Settings = self.checkpoint["settings"]
+        with torch.random.fork_rng(devices=[]):  # new weights take the caller's random numbers
+            self.network = Generator(self.settings.latent_dim, self.settings.width)
+        load_weights({"average": self.network}, self.checkpoint, path)
+        place(self.network, device).eval().requires_grad_(False)
+
+    def noise(self, count: int, seed: int) -> Tensor:
+        """Return the noise (count, latent_dim, 1, 1) from which it draws with a seed."""
+        return make_noise(count, self.settings.latent_dim, seed, DRAWING)
+
+    def draw(self, z: Tensor) -> Tensor:
+        """Draw digits (n, 28, 28) of uint8 from noise (n, latent_dim, 1, 1), as the run does."""
+        return draw(self.network, z, self.settings.precision)
 
 
 def load_generator(
@@ -1364,12 +1633,12 @@ def load_generator(
 ) -> Generator:
     """Load the generator of a run's last epoch, or of its best one, to draw with.
 
-    Without a folder, it is the one that comes with the program. It takes noise (n, 100, 1, 1) on
-    its device, returns images (n, 1, 28, 28) in [-1, 1], is in eval mode, in fp32, and needs no
-    gradient. Raises Failure if there is none or it is damaged.
+    Without a folder, it is the one that comes with the program. It takes noise (n, latent_dim, 1,
+    1) on its device, returns images (n, 1, 28, 28) in [-1, 1], is in eval mode, in fp32, and needs
+    no gradient. Raises Failure if there is none or it is damaged.
     """
     path = EXAMPLE if folder is None else Path(folder) / (BEST if best else CHECKPOINT)
-    return read_generator(path, torch.device(device))[0]
+    return TrainedGenerator(path, torch.device(device)).network
 
 
 # =========================================== commands ===========================================
@@ -1378,155 +1647,98 @@ EPOCHS = 10  # of a run, unless --epochs says otherwise
 THE_RUN = object()  # what --evaluate scores if no file is named: the run in the output folder
 
 
-class Run:
-    """A run so far: all that its checkpoint holds and its pictures show."""
+class Stopped(KeyboardInterrupt):
+    """The user or the system wants the program to end; the message says how to go on."""
 
-    def __init__(self, gan: DCGAN, digits: Tensor, epochs: int) -> None:
-        self.gan = gan
-        self.epochs = epochs  # that it is to have in the end
-        self.digits_sha256 = sha256_of(digits)
-        self.real = digits[order_of_epoch(digits, gan.settings.seed, epoch=1)[:SAMPLES]]
-        self.samples = torch.empty(0, SAMPLES, 28, 28, dtype=torch.uint8)  # after each epoch
-        names = ("epoch", "step", *STATS, *SCORES)
-        self.history = {name: torch.empty(0) for name in names}  # of each step (steps,)
-        self.best_epoch = 0
-        self.best_fd = math.inf
-
-    def header(self) -> dict:
-        """Return what tells where a checkpoint comes from."""
-        return {
-            "format": FORMAT,
-            "epoch": self.gan.epoch,
-            "settings": dataclasses.asdict(self.gan.settings),
-            "digits_sha256": self.digits_sha256,
-            "made_with": {"torch": str(torch.__version__), "device": self.gan.device.type},
-        }
-
-    def checkpoint(self) -> dict:
-        """Return all that is needed to go on exactly."""
-        return {
-            **self.header(),
-            "epochs": self.epochs,
-            **{name: part.state_dict() for name, part in self.gan.parts().items()},
-            "samples": self.samples,
-            "history": self.history,
-            "best_epoch": self.best_epoch,
-            "best_fd": self.best_fd,
-        }
-
-    def restore(self, checkpoint: dict) -> None:
-        """Go back to where a checkpoint was made."""
-        self.gan.restore(checkpoint)
-        self.samples = checkpoint["samples"]
-        self.history = checkpoint["history"]
-        self.best_epoch = checkpoint["best_epoch"]
-        self.best_fd = checkpoint["best_fd"]
-
-    def best_generator(self) -> dict | None:
-        """Return what draws the digits of this epoch, or None if an earlier one was better."""
-        if self.best_epoch != self.gan.epoch:
-            return None
-        return {**self.header(), "average": self.gan.average.state_dict()}
-
-    def draw(self, count: int, stream: int) -> Tensor:
-        """Draw digits (count, 28, 28) of uint8 from the noise of a random stream."""
-        z = make_noise(count, self.gan.settings.seed, stream)
-        return draw(self.gan.average, z, self.gan.settings.precision)
-
-    def end_epoch(self, stats: Tensor, scorer: Scorer | None) -> None:
-        """Add an epoch's STATS (steps, 5), digits and score to the run; warn of a collapse."""
-        self.samples = torch.cat([self.samples, self.draw(SAMPLES, FIXED_NOISE)[None]])
-        score = dict.fromkeys(SCORES, math.nan)
-        if scorer is not None:
-            score = scorer(self.draw(SCORED, DRAWING))
-            print(SCORE_LINE.format(floor=scorer.floors[SCORED]["fd"], **score))
-        count = len(stats)
-        figures = {
-            "epoch": torch.full((count,), self.gan.epoch),
-            "step": torch.arange(1, count + 1),
-            **dict(zip(STATS, stats.cpu().T, strict=True)),
-            **{name: torch.full((count,), value) for name, value in score.items()},
-        }
-        signs = signs_of_collapse(figures, self.history)
-        if signs and not self.gan.settings.dry_run:
-            print(f"warning: {' and '.join(signs)}; README.md says what to do")
-        self.history = {name: torch.cat([self.history[name], figures[name]]) for name in figures}
-        if score["fd"] < self.best_fd:
-            self.best_fd = score["fd"]
-            self.best_epoch = self.gan.epoch
+    def __init__(self, signum: int, message: str = "to start over, run the same command") -> None:
+        super().__init__(message)
+        self.signum = signum
 
 
-def train(
-    options: Namespace, device: torch.device, folder: RunFolder, processes: Processes
-) -> None:
+def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
     """Begin a run, or go on with the one in the folder, and train to its last epoch."""
-    with processes.connected(device):
-        start = None
-        if processes.rank == 0:
-            start = read_run(options, folder) if options.resume else new_run(options, device)
-        settings, digits, epochs, checkpoint = processes.broadcast(start)
-        run = Run(DCGAN(settings, device), digits, epochs)
+    with connected(device):
+        first = process_rank() == 0
+        settled = settle(options, device, folder) if first else None
+        settings, digits, data_path, epochs, checkpoint = from_first_process(settled)
+        gan = DCGAN(settings, device)
+        run = Run(gan, digits, data_path, epochs)
         if checkpoint is not None:
-            check_digits(run, checkpoint, options.data_dir)
-            with damage_is_failure(folder.path / CHECKPOINT):
-                run.restore(checkpoint)
-        check_batches(settings.batch_size, len(digits), processes.count)
-        step = fastest_step(run.gan, processes)
-        loop = train_epochs(run.gan, step, digits.to(device), epochs, options.log_every)
-        if processes.rank > 0:
+            run.restore(checkpoint, folder.path / CHECKPOINT)
+        elif first:  # only now, for it moves an earlier run away
+            folder.begin(settings.dry_run)
+            print_summaries(gan.generator, gan.discriminator, settings.latent_dim)
+        step = fastest_step(gan, graph=options.graph == "auto")
+        loop = train_epochs(gan, step, digits.to(device), epochs, options.log_every)
+        if not first:
             for _ in loop:  # the first process scores, saves and draws
                 pass
             return
         if checkpoint is not None:
-            folder.write_pictures(run.samples, run.real, run.history)  # if any are missing
-        if run.gan.epoch >= epochs:
-            done = f"The run in {folder.path} already has {run.gan.epoch} epochs"
+            folder.write_pictures(run)  # if any are missing
+        if gan.epoch >= epochs:
+            done = f"The run in {folder.path} already has {gan.epoch} epochs"
             print(f"{done}; to add more, give a larger --epochs")
             return
-        if checkpoint is None:  # only now, for it moves an earlier run away
-            folder.begin(settings.dry_run)
-            print_summaries()
-        scorer = find_scorer(run.digits_sha256, device)
+        scorer = find_scorer(run.data["sha256"], device)
         announce(settings, device, len(digits), folder)
         score_save_draw(run, loop, scorer, folder)
 
 
-def new_run(options: Namespace, device: torch.device) -> tuple[Settings, Tensor, int, None]:
-    """Return the settings, digits and number of epochs of a new run.
+def settle(
+    options: Namespace, device: torch.device, folder: RunFolder
+) -> tuple[Settings, Tensor, str | None, int, dict | None]:
+    """Return settings, digits and their path, number of epochs, and the checkpoint if any.
 
-    Settings are those given; what is not given comes from the recipe, and then from the defaults.
+    Settings are those given; what is not given comes from the recipe, and then from the defaults. A
+    run that goes on keeps its own. Raises Failure.
     """
     given = given_settings(options)
-    recipe = RECIPES[given.get("recipe", Settings.recipe)]
-    precision = "bf16" if has_bf16(device) else "fp32"
-    chosen = {"precision": precision} | recipe | given  # the last one wins
-    settings = Settings(**chosen, dry_run=options.dry_run)
-    epochs = 2 if options.dry_run else options.epochs or EPOCHS
-    return settings, load_digits(options.data_dir, settings.split)[0], epochs, None
+    if options.resume:
+        checkpoint = checkpoint_to_resume(given, folder)
+        settings = checkpoint["settings"]
+        epochs = options.epochs or checkpoint["epochs"]
+    else:
+        checkpoint = None
+        recipe = RECIPES[given.get("recipe", Settings.recipe)]
+        precision = "bf16" if has_bf16(device) else "fp32"
+        chosen = {"precision": precision} | recipe | given  # the last one wins
+        settings = Settings(**chosen, dry_run=options.dry_run)
+        epochs = 2 if options.dry_run else options.epochs or EPOCHS
+    data_dir = options.data_dir or BUNDLED
+    digits = load_digits(data_dir, settings.split)
+    if checkpoint is not None and checkpoint["data"]["sha256"] != sha256_of(digits):
+        others = f"{data_dir} holds other digits than those the run started with"
+        raise WrongInput(f"argument --data-dir: {others}; name their folder")
+    count = len(digits)
+    if settings.batch_size > count:
+        raise WrongInput(f"argument --batch-size: there are only {count} digits")
+    processes = dist.get_world_size() if started_by_torchrun() else 1
+    if settings.batch_size % processes or 0 < count % settings.batch_size < processes:
+        shares = f"{processes} processes cannot share every batch; choose another size"
+        raise WrongInput(f"argument --batch-size: {shares}")
+    data_path = str(data_dir.resolve()) if options.data_dir else None
+    return settings, digits, data_path, epochs, checkpoint
 
 
-def read_run(options: Namespace, folder: RunFolder) -> tuple[Settings, Tensor, int, dict]:
-    """Return the settings, digits, number of epochs and checkpoint of a run to go on with.
+def checkpoint_to_resume(given: dict[str, object], folder: RunFolder) -> dict:
+    """Take the folder and return the checkpoint of its run. Raises Failure if it cannot go on.
 
-    Raises Failure.
+    The settings that are given must be the run's own.
     """
-    checkpoint = folder.resume()
+    if folder.path.is_dir():
+        folder.make()
+        folder.take()
+    checkpoint = read_checkpoint(folder.path / CHECKPOINT, "epochs", "stats", "optimizer_d")
     settings = checkpoint["settings"]
     if settings.dry_run:
         raise WrongInput(f"argument --resume: {folder.path} holds a dry run, which cannot go on")
-    for name, given in given_settings(options).items():
+    for name, value in given.items():
         kept = getattr(settings, name)
-        if given != kept:
+        if value != kept:
             advice = "omit it, or start a new run without --resume"
-            raise WrongInput(f"argument {flag(name)}: {given}, but the run has {kept}: {advice}")
-    with damage_is_failure(folder.path / CHECKPOINT):
-        epochs = options.epochs or checkpoint["epochs"]
-    return settings, load_digits(options.data_dir, settings.split)[0], epochs, checkpoint
-
-
-def flag(name: str) -> str:
-    """Return the flag of an option: "--batch-size" of "batch_size"."""
-    return f"--{name.replace('_', '-')}"
+            raise WrongInput(f"argument {flag(name)}: {value}, but the run has {kept}: {advice}")
+    return checkpoint
 
 
 def given_settings(options: Namespace) -> dict[str, object]:
@@ -1534,22 +1746,6 @@ def given_settings(options: Namespace) -> dict[str, object]:
     names = {field.name for field in dataclasses.fields(Settings)} - {"dry_run"}
     given = {name: value for name, value in vars(options).items() if name in names}
     return {name: value for name, value in given.items() if value != "auto"}
-
-
-def check_digits(run: Run, checkpoint: dict, data_dir: Path) -> None:
-    """Raise WrongInput if a run would go on with other digits than it began with."""
-    if checkpoint["digits_sha256"] != run.digits_sha256:
-        others = f"{data_dir} holds other digits than those the run started with"
-        raise WrongInput(f"argument --data-dir: {others}; name their folder")
-
-
-def check_batches(batch_size: int, count: int, processes: int) -> None:
-    """Raise WrongInput if ``count`` digits do not make batches that all processes can share."""
-    if batch_size > count:
-        raise WrongInput(f"argument --batch-size: there are only {count} digits")
-    if batch_size % processes or 0 < count % batch_size < processes:
-        shares = f"{processes} processes cannot share every batch; choose another size"
-        raise WrongInput(f"argument --batch-size: {shares}")
 
 
 def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
@@ -1586,10 +1782,12 @@ def score_save_draw(
     start = time.perf_counter()
     try:
         for stats in loop:
-            run.end_epoch(stats, scorer)
-            folder.save(run.checkpoint(), run.best_generator())
+            score(run, stats, scorer)
+            if run.best_epoch == gan.epoch:
+                folder.save(BEST, {**run.header(), "average": gan.average.state_dict()})
+            folder.save(CHECKPOINT, run.checkpoint())
             saved = gan.epoch
-            folder.write_pictures(run.samples, run.real, run.history)
+            folder.write_pictures(run)
             taken = time.perf_counter() - start
             left = taken / (saved - first) * (run.epochs - saved)
             print(
@@ -1609,66 +1807,81 @@ def score_save_draw(
         print(f"The best epoch was {run.best_epoch}: {BEST}, for --generate N --best")
 
 
-def generator_file(options: Namespace, folder: RunFolder) -> Path:
-    """Return the file of the generator to draw with: that of the run's last or best epoch.
+def score(run: Run, stats: Tensor, scorer: Scorer | None) -> None:
+    """Add an epoch's STATS (steps, 5), scores and samples to a run; warn of a collapse."""
+    scores = dict.fromkeys(SCORES, math.nan)
+    if scorer is not None:
+        scores = scorer(run.draw(SCORED, DRAWING))
+        print(score_line(scores, scorer.floors.get(SCORED, {})))
+    ds_loss = stats[:, STATS.index("ds_loss")]
+    signs = signs_of_collapse(ds_loss, scores, run.scores)
+    if signs and not run.gan.settings.dry_run:
+        print(f"warning: {' and '.join(signs)}; README.md says what to do")
+    run.add(stats, scores)
+
+
+def find_generator(
+    options: Namespace, device: torch.device, folder: RunFolder
+) -> tuple[TrainedGenerator, int]:
+    """Return the generator of the run's last or best epoch, and the seed of its noise.
 
     Without a run, and if no folder is named, it is the one that comes with the program.
     """
     path = folder.path / (BEST if options.best else CHECKPOINT)
     if options.output_dir is None and not folder.has_run() and EXAMPLE.exists():
         print(f"{folder.path} holds no run: using the included generator, {EXAMPLE}")
-        return EXAMPLE
-    if options.best and not path.exists() and (folder.path / CHECKPOINT).exists():
+        path = EXAMPLE
+    elif options.best and not path.exists() and (folder.path / CHECKPOINT).exists():
         raise WrongInput(f"argument --best: the run in {folder.path} has no scores; leave it out")
-    return path
+    seed = given_settings(options).get("seed", Settings.seed)
+    return TrainedGenerator(path, device), seed
 
 
 def generate(options: Namespace, device: torch.device, folder: RunFolder) -> list[str]:
     """Draw digits with a trained generator, of all kinds or of one; return the files' names."""
-    generator, checkpoint = read_generator(generator_file(options, folder), device)
+    trained, seed = find_generator(options, device, folder)
     folder.make()
-    precision = checkpoint["settings"].precision
     if options.digit is None:
-        digits = draw(generator, drawing_noise(options.generate, options), precision)
+        digits = trained.draw(trained.noise(options.generate, seed))
     else:
-        digits = draw_one_kind(generator, precision, options)
-    with folder.writing(GENERATED_DIGITS) as file:
-        np.save(file, digits.numpy())
-    with folder.writing(GENERATED) as file:
-        grid(digits[:100]).save(file, "PNG")
+        digits = draw_one_kind(trained, options.digit, options.generate, seed)
+    content = io.BytesIO()
+    np.save(content, digits.numpy())
+    folder.write(GENERATED_DIGITS, content.getbuffer())
+    folder.write(GENERATED, png(grid(digits[:100])))
     return [GENERATED, GENERATED_DIGITS]
 
 
-def draw_one_kind(generator: Generator, precision: str, options: Namespace) -> Tensor:
-    """Draw digits (n, 28, 28) of uint8 until there are enough that are taken for one kind.
+def draw_one_kind(trained: TrainedGenerator, kind: int, count: int, seed: int) -> Tensor:
+    """Draw digits (count, 28, 28) of uint8 of one kind, 0 to 9, as the scorer recognises it.
 
     Raises Failure if less than one drawing in 200 is one of these, among the first 2,000.
     """
-    classifier = load_classifier(read_scorer(), next(generator.parameters()).device)
-    noise = random_stream(drawing_seed(options), DRAWING)
+    device = next(trained.network.parameters()).device
+    classifier = load_classifier(read_scorer(), device)
+    stream = random_stream(seed, DRAWING)
     found = torch.empty(0, 28, 28, dtype=torch.uint8)
-    with progress_bar(total=options.generate, unit="digit") as progress:
-        while len(found) < options.generate:
-            z = torch.randn(2000, LATENT_DIM, 1, 1, generator=noise)
-            drawn = draw(generator, z, precision)
-            probabilities = classifier.judge(drawn)[1]
-            kept = drawn[probabilities[:, options.digit] >= 0.9]
+    with progress_bar(total=count, unit="digit") as progress:
+        while len(found) < count:
+            z = torch.randn(2000, trained.settings.latent_dim, 1, 1, generator=stream)
+            digits = trained.draw(z)
+            probabilities = classifier.judge(digits)[1]
+            kept = digits[probabilities[:, kind] >= 0.9]
             if len(kept) < 10 and len(found) == 0:
-                few = f"only {len(kept)} of 2,000 drawings are a clear {options.digit}"
+                few = f"only {len(kept)} of 2,000 drawings are a clear {kind}"
                 raise Failure(f"{few}; train for longer, or ask for another --digit")
             found = torch.cat([found, kept])
             progress.update(len(kept))
-    return found[: options.generate]
+    return found[:count]
 
 
 def interpolate(options: Namespace, device: torch.device, folder: RunFolder) -> list[str]:
     """Draw ten walks from one digit to another, one a row; return the file's name."""
-    generator, checkpoint = read_generator(generator_file(options, folder), device)
+    trained, seed = find_generator(options, device, folder)
     folder.make()
-    z = drawing_noise(20, options)
-    digits = draw(generator, walk(z[:10], z[10:]), checkpoint["settings"].precision)
-    with folder.writing(INTERPOLATION) as file:
-        grid(digits).save(file, "PNG")
+    z = trained.noise(20, seed)
+    digits = trained.draw(walk(z[:10], z[10:]))
+    folder.write(INTERPOLATION, png(grid(digits)))
     return [INTERPOLATION]
 
 
@@ -1686,19 +1899,17 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
     """Score 10,000 digits of a trained generator, or those in a file; return the files' names."""
     content = read_scorer()
     if options.evaluate is THE_RUN:
-        path = generator_file(options, folder)
-        generator, checkpoint = read_generator(path, device)
-        seen = SPLIT_OF_DIGITS.get(checkpoint["digits_sha256"])
+        trained, seed = find_generator(options, device, folder)
+        seen = SPLIT_OF_DIGITS.get(trained.checkpoint["data"]["sha256"])
         if seen is None:
             others = f"the run in {folder.path} was trained on digits other than those of MNIST"
             raise WrongInput(f"argument --evaluate: {others}, which cannot be scored")
-        z = drawing_noise(EVALUATED, options)
-        digits = draw(generator, z, checkpoint["settings"].precision)
+        digits = trained.draw(trained.noise(EVALUATED, seed))
         source = {
-            "of": str(path),
-            "epoch": checkpoint["epoch"],
-            **checkpoint["made_with"],
-            "settings": dataclasses.asdict(checkpoint["settings"]),
+            "of": str(trained.path),
+            "epoch": trained.checkpoint["epoch"],
+            **trained.checkpoint["made_with"],
+            "settings": dataclasses.asdict(trained.settings),
         }
     else:
         digits = read_digits(options.evaluate)
@@ -1709,10 +1920,7 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
     real = bundled_digits(seen)
     scores = scorer.evaluate(digits, real, bundled_digits(scorer.unseen))
     floor = scorer.floors.get(len(digits), {})
-    model = f"{len(digits):,} digits of a model that has seen MNIST's {seen} split"
-    print(f"{model}, compared with its {scorer.unseen} split")
-    print(score_table(scores, floor))
-    print("copies: about 0.5 if nothing is copied, 1 for copies")
+    print(score_table(scores, floor, len(digits), seen))
     report = {
         **scores,
         "floor": floor,
@@ -1722,42 +1930,36 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
         "scorer_sha256": SCORER_SHA256,
         **source,
     }
-    with folder.writing(SCORE) as file:
-        file.write(json.dumps(report, indent=1).encode())
-    with folder.writing(NEAREST) as file:
-        nearest(digits, real).save(file, "PNG")
+    folder.write(SCORE, json.dumps(report, indent=1).encode())
+    folder.write(NEAREST, png(nearest(digits, real)))
     return [SCORE, NEAREST]
 
 
-def score_table(scores: dict[str, float], floor: dict[str, float]) -> str:
-    """Lay out scores by their names, beside them the floor, if any: those of real digits."""
-    lines = [f"{'':<10}{'score':>8}{'real digits' if floor else '':>14}"]
-    for name, score in scores.items():
-        real = f"{floor[name]:.4g}" if floor and name != "copies" else ""  # 1: they are those seen
-        lines.append(f"{name:<10}{score:>8.4g}{real:>14}")
+def score_table(scores: dict[str, float], floor: dict[str, float], count: int, seen: str) -> str:
+    """Lay out scores by their names, beside them those of real digits where they are known."""
+    model = f"{count:,} digits of a model that has seen MNIST's {seen} split"
+    lines = [f"{model}, compared with its {UNSEEN[seen]} split"]
+    lines.append(f"{'':<10}{'score':>8}{'real digits' if floor else '':>14}")
+    for name, value in scores.items():
+        known = name in floor and name != "copies"  # real digits of that split are copies: 1
+        real = f"{floor[name]:.4g}" if known else ""
+        lines.append(f"{name:<10}{value:>8.4g}{real:>14}")
+    lines.append("copies: about 0.5 if nothing is copied, 1 for copies")
     return "\n".join(line.rstrip() for line in lines)
-
-
-def drawing_seed(options: Namespace) -> int:
-    """Return the seed of the noise from which a trained generator draws."""
-    return given_settings(options).get("seed", Settings.seed)
-
-
-def drawing_noise(count: int, options: Namespace) -> Tensor:
-    """Return the noise (count, latent_dim, 1, 1) from which a trained generator draws."""
-    return make_noise(count, drawing_seed(options), DRAWING)
 
 
 def read_digits(path: Path) -> Tensor:
     """Read digits (n, 28, 28) of uint8 that numpy has saved. Raises WrongInput."""
-    try:
+    # Exception: whatever numpy finds wrong with it
+    with explained(f"argument --evaluate: {path}", Exception, failure=WrongInput):
         digits = torch.from_numpy(np.load(path, allow_pickle=False))
         if digits.dtype != torch.uint8 or digits.shape[1:] != (28, 28) or len(digits) < 2:
             found = f"{digits.dtype} of shape {tuple(digits.shape)}"
             raise ValueError(f"it holds {found}, not uint8 of shape (n, 28, 28) with n at least 2")
-        return digits
-    except Exception as error:  # whatever numpy finds wrong with it
-        raise WrongInput(f"argument --evaluate: {path}: {error}") from error
+    return digits
+
+
+COMMANDS = {"generate": generate, "interpolate": interpolate, "evaluate": evaluate}
 
 
 # ========================================= command line =========================================
@@ -1769,7 +1971,7 @@ examples:
 """
 
 
-class Parser(ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser that leaves it to ``main`` to print an error and to end the program."""
 
     def error(self, message: str) -> NoReturn:
@@ -1781,7 +1983,7 @@ def number_between(kind: type, low: float, high: float) -> Callable[[str], float
     noun = "whole number" if kind is int else "number"
 
     def read(text: str) -> float:
-        refusal = ArgumentTypeError(f"must be a {noun} from {low} to {high}, not {text!r}")
+        refusal = argparse.ArgumentTypeError(f"must be a {noun} from {low} to {high}, not {text!r}")
         try:
             value = kind(text)
         except ValueError as error:
@@ -1793,194 +1995,90 @@ def number_between(kind: type, low: float, high: float) -> Callable[[str], float
     return read
 
 
-def add_training_flags(group: _ArgumentGroup) -> None:
-    """Add the settings of a run; what is not given is not among the options."""
-    group.add_argument(
-        "--recipe",
-        choices=list(RECIPES),
-        help="article: DCGAN as articles and tutorials train it; "
-        f"tuned: the best digits, with {flags_of_recipe('tuned')}; "
-        f"quick: digits in two epochs, with {flags_of_recipe('quick')}; "
-        f"other flags override a recipe (default: {Settings.recipe})",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=number_between(int, 1, 60_000),
-        metavar="N",
-        help=f"digits in a training step (default: {Settings.batch_size})",
-    )
-    add_optimizer_flags(group)
-    group.add_argument(
-        "--generator-steps",
-        type=number_between(int, 1, 10),
-        metavar="N",
-        help="updates of the generator in a training step, 1 to 10, each on noise of its own "
-        f"(default: {Settings.generator_steps})",
-    )
-    group.add_argument(
-        "--ema",
-        type=number_between(float, 0.0, 0.5),
-        metavar="X",
-        help="draw with the generator's weights averaged over the last part of the steps so far: "
-        f"this share of them, 0 to 0.5; 0: no average (default: {Settings.ema})",
-    )
-    group.add_argument(
-        "--seed",
-        type=number_between(int, 0, 2**32 - 1),
-        metavar="N",
-        help="random seed of the run; with --generate, --interpolate and --evaluate, of the noise "
-        f"(default: {Settings.seed})",
-    )
-    group.add_argument(
-        "--split",
-        choices=["test", "train"],
-        help="train on MNIST's 10,000 test digits or its 60,000 training digits "
-        f"(default: {Settings.split})",
-    )
+def add_training_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of Settings; what is not given is not among the options."""
+    for field in dataclasses.fields(Settings):
+        if not field.metadata:
+            continue
+        help, low, high, choices = field.metadata.values()
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif choices:
+            kind = {"choices": choices}
+        else:
+            read = field.type if low is None else number_between(field.type, low, high)
+            kind = {"type": read, "metavar": "N" if field.type is int else "X"}
+        group.add_argument(flag(field.name), help=f"{help} (default: {field.default})", **kind)
 
 
-def flags_of_recipe(name: str) -> str:
-    """Return the flags that a recipe stands for, as one would type them."""
-    return " ".join(f"{flag(setting)} {value}" for setting, value in RECIPES[name].items())
-
-
-def add_optimizer_flags(group: _ArgumentGroup) -> None:
-    """Add the settings of both networks' optimisers."""
-    group.add_argument(
-        "--lr",
-        type=number_between(float, 1e-8, 1.0),
-        metavar="X",
-        help=f"learning rate of both networks (default: {Settings.lr})",
-    )
-    group.add_argument(
-        "--beta1",
-        type=number_between(float, 0.0, 0.9999),
-        metavar="X",
-        help=f"Adam's decay rate of the mean gradient (default: {Settings.beta1})",
-    )
-    group.add_argument(
-        "--beta2",
-        type=number_between(float, 0.0, 0.999999),
-        metavar="X",
-        help=f"Adam's decay rate of the mean squared gradient (default: {Settings.beta2})",
-    )
-
-
-def add_run_flags(group: _ArgumentGroup) -> None:
+def add_run_flags(group: argparse._ArgumentGroup) -> None:
     """Add how long a run goes on, and what it reads and writes."""
-    group.add_argument(
-        "--epochs",
-        type=number_between(int, 1, 100_000),
-        metavar="N",
-        help="passes over all digits, with those of a resumed run; --resume alone keeps its number "
-        f"(default: {EPOCHS})",
-    )
-    group.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="DIR",
-        help=f"folder for the results (default: {OUTPUT_DIR})",
-    )
-    group.add_argument(
-        "--data-dir",
-        type=Path,
-        default=BUNDLED,
-        metavar="DIR",
-        help="folder with the files of the digits (default: MNIST, beside the program)",
-    )
-    group.add_argument(
-        "--log-every",
-        type=number_between(int, 1, 10**6),
-        default=100,
-        metavar="N",
-        help="print a line of the log every N steps (default: 100)",
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in the output folder (default: begin a new one)",
-    )
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check an installation: two epochs of three steps, in a temporary folder unless "
-        "--output-dir names one (default: off)",
-    )
+    help = "passes over all digits, with those of a resumed run; --resume alone keeps its number "
+    help += f"(default: {EPOCHS})"
+    group.add_argument("--epochs", type=number_between(int, 1, 100_000), metavar="N", help=help)
+    help = f"folder for the results (default: {OUTPUT_DIR})"
+    group.add_argument("--output-dir", type=Path, metavar="DIR", help=help)
+    help = "folder with the files of the digits (default: MNIST, beside the program)"
+    group.add_argument("--data-dir", type=Path, metavar="DIR", help=help)
+    help = "print a line of the log every N steps (default: 100)"
+    every = number_between(int, 1, 10**6)
+    group.add_argument("--log-every", type=every, default=100, metavar="N", help=help)
+    help = "go on with the run in the output folder (default: begin a new one)"
+    group.add_argument("--resume", action="store_true", help=help)
+    help = "check an installation: two epochs of three steps, in a temporary folder unless "
+    help += "--output-dir names one (default: off)"
+    group.add_argument("--dry-run", action="store_true", help=help)
     group.add_argument("-h", "--help", action="help", help="show this page and exit (default: off)")
 
 
-def add_hardware_flags(group: _ArgumentGroup) -> None:
+def add_hardware_flags(group: argparse._ArgumentGroup) -> None:
     """Add where and how to compute."""
-    group.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda", "mps"],
-        default="auto",
-        help="auto: a GPU if there is one (default: auto)",
-    )
-    group.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="auto: bf16 on GPUs from Ampere on and CPUs with AVX512-BF16 or AMX (default: auto)",
-    )
+    help = "auto: a GPU if there is one (default: auto)"
+    devices = ("auto", "cpu", "cuda", "mps")
+    group.add_argument("--device", choices=devices, default="auto", help=help)
+    help = "auto: bf16 on GPUs from Ampere on and CPUs with AVX512-BF16 or AMX (default: auto)"
+    precisions = ("auto", "fp32", "bf16")
+    group.add_argument("--precision", choices=precisions, default="auto", help=help)
+    help = "auto: on a CUDA GPU, record a training step as a graph and replay it, which is faster; "
+    help += "off: take every step as it is written (default: auto)"
+    group.add_argument("--graph", choices=("auto", "off"), default="auto", help=help)
 
 
-def add_drawing_flags(group: _ArgumentGroup) -> None:
+def add_drawing_flags(group: argparse._ArgumentGroup) -> None:
     """Add what to do with a trained generator."""
-    group.add_argument(
-        "--generate",
-        type=number_between(int, 1, 100_000),
-        metavar="N",
-        help="draw N digits (default: off)",
-    )
-    group.add_argument(
-        "--digit",
-        type=number_between(int, 0, 9),
-        metavar="D",
-        help="with --generate: only the digit D, 0 to 9, as the scorer recognises it with a "
-        "probability of at least 0.9 (default: all ten)",
-    )
-    group.add_argument(
-        "--interpolate",
-        action="store_true",
-        help="draw ten walks from one digit to another (default: off)",
-    )
-    group.add_argument(
-        "--evaluate",
-        type=Path,
-        nargs="?",
-        const=THE_RUN,
-        metavar="FILE",
-        help="score 10,000 digits; or those in an .npy file, uint8 of shape (n, 28, 28), drawn by "
-        "a model that was trained on --split (default: off)",
-    )
-    group.add_argument(
-        "--best",
-        action="store_true",
-        help="use the generator of the epoch with the lowest FD (default: of the last epoch)",
-    )
+    help = "draw N digits (default: off)"
+    group.add_argument("--generate", type=number_between(int, 1, 100_000), metavar="N", help=help)
+    help = "with --generate: only the digit D, 0 to 9, as the scorer recognises it with a "
+    help += "probability of at least 0.9 (default: all ten)"
+    group.add_argument("--digit", type=number_between(int, 0, 9), metavar="D", help=help)
+    help = "draw ten walks from one digit to another (default: off)"
+    group.add_argument("--interpolate", action="store_true", help=help)
+    help = "score 10,000 digits; or those in an .npy file, uint8 of shape (n, 28, 28), drawn by "
+    help += "a model that was trained on --split (default: off)"
+    group.add_argument("--evaluate", type=Path, nargs="?", const=THE_RUN, metavar="FILE", help=help)
+    help = "use the generator of the epoch with the lowest FD (default: of the last epoch)"
+    group.add_argument("--best", action="store_true", help=help)
 
 
-def parse_options(argv: list[str] | None) -> Namespace:
-    """Read a command line, the process's own if None. Raises WrongInput."""
+def parse_options(argv: Sequence[str]) -> Namespace:
+    """Read a command line. Raises WrongInput."""
     parser = Parser(
         usage=f"python {PROGRAM} [flags]",
         description=__doc__.splitlines()[0],
         epilog=HELP_EXAMPLES,
-        formatter_class=RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )
-    add_training_flags(parser.add_argument_group("training", argument_default=SUPPRESS))
+    add_training_flags(parser.add_argument_group("training", argument_default=argparse.SUPPRESS))
     add_run_flags(parser.add_argument_group("run"))
     add_hardware_flags(parser.add_argument_group("hardware"))
     add_drawing_flags(parser.add_argument_group("drawing", "Use a trained generator; no training."))
     options = parser.parse_args(argv)
-    names = ("resume", "dry_run", "generate", "interpolate", "evaluate")
-    modes = [flag(name) for name in names if getattr(options, name)]
+    modes = [flag(name) for name in ("resume", "dry_run", *COMMANDS) if getattr(options, name)]
     if len(modes) > 1:
         parser.error(f"{' and '.join(modes)} cannot be combined")
-    drawing = options.generate or options.interpolate or options.evaluate
+    drawing = any(getattr(options, name) for name in COMMANDS)
     from_file = isinstance(options.evaluate, Path)
     if drawing:
         used = {"seed", "split"} if from_file else {"seed"}
@@ -1993,114 +2091,22 @@ def parse_options(argv: list[str] | None) -> Namespace:
     return options
 
 
-def processes_of_torchrun() -> Processes:
-    """Return what torchrun says in the environment. Raises WrongInput if it says half of it."""
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return Processes()
-    hint = "start several processes with torchrun, or unset RANK and WORLD_SIZE"
-    missing = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if missing:
-        raise WrongInput(f"the environment has no {' and no '.join(sorted(missing))}; {hint}")
-    try:
-        rank = int(os.environ["RANK"])
-        count = int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    except ValueError as error:
-        raise WrongInput(
-            f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}"
-        ) from error
-    if not 0 <= rank < count:
-        raise WrongInput(f"the environment has RANK={rank}, but WORLD_SIZE={count}; {hint}")
-    return Processes(rank, count, local_rank)
-
-
-@contextmanager
-def stop_signals(rank: int) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM raise Stopped for a while; the second one ends the program at once.
-
-    The first process says how it ends; in the others, the first signal ends the program at once.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-
-    def stop(signum: int, frame: object) -> NoReturn:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        raise Stopped(signum)
-
-    handler = stop if rank == 0 else signal.SIG_DFL
-    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous)
-
-
-@contextmanager
-def escaped_output() -> Iterator[None]:
-    """For a while, print characters that the console lacks as escapes instead of failing."""
-    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
-    before = [stream.errors for stream in streams]
-    for stream in streams:
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        for stream, errors in zip(streams, before, strict=True):
-            stream.reconfigure(errors=errors)
-
-
-@contextmanager
-def muted(rank: int) -> Iterator[None]:
-    """For a while, let no other process than the first one print."""
-    if rank > 0:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    else:
-        yield
-
-
-@contextmanager
-def output_folder(options: Namespace) -> Iterator[Path]:
-    """Give the folder to write to; that of a dry run is temporary if none is named."""
-    if options.dry_run and options.output_dir is None:
-        with TemporaryDirectory(prefix="dcgan_mnist_", ignore_cleanup_errors=True) as path:
-            yield Path(path)
-        print("The dry run's temporary folder is removed")
-    else:
+def run_command(options: Namespace) -> None:
+    """Do what the command line asks for; a dry run in a temporary folder, if none is named."""
+    device = pick_device(options.device)
+    drawing = [command for name, command in COMMANDS.items() if getattr(options, name)]
+    with ExitStack() as stack:
         path = options.output_dir or OUTPUT_DIR
-        check_folder_name(path)
-        yield path
-
-
-def check_folder_name(path: Path) -> None:
-    """Raise WrongInput if there can be no folder of this name, one that is too long for example."""
-    with unusable_is_wrong_input(path), suppress(FileNotFoundError):  # such a folder can be made
-        path.stat()
-
-
-def run_command(options: Namespace, processes: Processes) -> None:
-    """Do what the command line asks for."""
-    device = pick_device(options.device, processes.local_rank)
-    command = None
-    if options.generate:
-        command = generate
-    elif options.interpolate:
-        command = interpolate
-    elif options.evaluate:
-        command = evaluate
-    with (
-        output_folder(options) as path,
-        closing(RunFolder(path)) as folder,
-        computing_on(device),
-    ):
-        if command is None:
-            train(options, device, folder, processes)
-        elif processes.rank == 0:
-            names = command(options, device, folder)
-            print(f"saved {' and '.join(str(folder.path / name) for name in names)}")
+        if options.dry_run and options.output_dir is None:
+            path = Path(stack.enter_context(TemporaryDirectory(prefix="dcgan_mnist_")))
+            stack.callback(print, "The dry run's temporary folder is removed")
+        folder = stack.enter_context(closing(RunFolder(path)))
+        stack.enter_context(computing_on(device))
+        if not drawing:
+            train(options, device, folder)
+        elif process_rank() == 0:
+            names = drawing[0](options, device, folder)
+            print(f"saved {' and '.join(str(path / name) for name in names)}")
 
 
 def last_line(kind: str, message: object, rank: int) -> None:
@@ -2109,33 +2115,60 @@ def last_line(kind: str, message: object, rank: int) -> None:
     print(f"{PROGRAM}: {process}{kind}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command line, the process's own if None, and return the exit code.
+def main(argv: Sequence[str] = ()) -> int:
+    """Run a command line, such as ["--epochs", "2"], and return the exit code.
 
     0: done; 1: something outside went wrong; 2: wrong input; 130 or 143: stopped by a signal.
     """
-    rank = 0
-    with escaped_output():
-        try:
-            processes = processes_of_torchrun()
-            rank = processes.rank
-            with stop_signals(rank), muted(rank):
-                run_command(parse_options(argv), processes)
-            return 0
-        except Failure as error:
-            if rank == 0:  # it speaks for all, which fail alike
-                last_line("error", error, rank)
-            return 2 if isinstance(error, WrongInput) else 1
-        except (OSError, torch.OutOfMemoryError) as error:
+    rank = process_rank()
+    output = sys.stdout if rank == 0 else io.StringIO()  # only the first process prints
+    bars = sys.stderr if rank == 0 else io.StringIO()
+    try:
+        with redirect_stdout(output), redirect_stderr(bars):
+            run_command(parse_options(argv))
+        return 0
+    except Failure as error:
+        if rank == 0:  # it speaks for all, which fail alike
             last_line("error", error, rank)
-            return 1
-        except KeyboardInterrupt as interrupt:
-            stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
-            last_line("stopped", stopped, rank)
-            return 128 + stopped.signum
-        except SystemExit:  # of argparse, after --help
-            return 0
+        return 2 if isinstance(error, WrongInput) else 1
+    except (OSError, torch.OutOfMemoryError) as error:
+        last_line("error", error, rank)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
+        last_line("stopped", stopped, rank)
+        return 128 + stopped.signum
+    except SystemExit:  # of argparse, after --help
+        return 0
+
+
+@contextmanager
+def own_process() -> Iterator[None]:
+    """Set up, for a while, what a process of its own needs: signals and what it prints to.
+
+    The first signal stops the program in good order, the second one at once; in all processes but
+    the first, every signal does so at once. Characters that the console lacks are shown as escapes.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(signum)
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # it is something else in a notebook
+            stream.reconfigure(errors="backslashreplace")
+    handler = stop if process_rank() == 0 else signal.SIG_DFL
+    before = {signum: signal.signal(signum, handler) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with own_process():
+        code = main(sys.argv[1:])
+    sys.exit(code)
