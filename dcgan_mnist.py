@@ -723,71 +723,53 @@ def computing_on(device: torch.device) -> Iterator[None]:
 
 # On CPUs, a convolution without padding is faster as one product of two matrices: its weights and
 # the patches of the image that its kernel sees, a row for each. The transposed convolution is the
-# same backwards: the product gives patches, which are added up to an image.
-class Patches(torch.autograd.Function):
-    """Copy all patches out of images: (n, h, w, c) -> (n, rows, columns, kernel, kernel, c).
+# same backwards: the product gives patches, which are added up to an image. Selecting and adding by
+# index are each other's derivative. Both are done in fp32 at least: sums in bf16 would lose digits.
+def pixels_of_patches(layer: nn.Conv2d | nn.ConvTranspose2d, height: int, width: int) -> Tensor:
+    """Return where the pixels of a layer's patches lie in an image, counted row by row.
 
-    The patches must reach the last pixel. The gradient is a PatchSum.
+    The shape is (rows, columns, kernel height, kernel width): there is a patch in each row and
+    column.
     """
-
-    @staticmethod
-    def forward(ctx, images: Tensor, kernel: int, stride: int) -> Tensor:
-        ctx.stride = stride
-        patches = images.unfold(1, kernel, stride).unfold(2, kernel, stride)
-        return patches.permute(0, 1, 2, 4, 5, 3).contiguous()  # the channels come last
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return PatchSum.apply(gradient, ctx.stride), None, None
+    pixels = torch.arange(height * width).view(height, width)
+    pixels = pixels.unfold(0, layer.kernel_size[0], layer.stride[0])
+    return pixels.unfold(1, layer.kernel_size[1], layer.stride[1])
 
 
-class PatchSum(torch.autograd.Function):
-    """Add patches up to images: (n, rows, columns, kernel, kernel, c) -> (n, h, w, c).
-
-    The gradient is that of a sum: the Patches of the images' gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, patches: Tensor, stride: int) -> Tensor:
-        n, rows, columns, kernel, _, channels = patches.shape
-        ctx.kernel = kernel
-        ctx.stride = stride
-        height = (rows - 1) * stride + kernel
-        width = (columns - 1) * stride + kernel
-        wide = torch.promote_types(patches.dtype, torch.float32)  # sums in bf16 would lose digits
-        images = patches.new_zeros(n, height, width, channels, dtype=wide)
-        for y in range(kernel):
-            for x in range(kernel):
-                end_y = y + rows * stride
-                end_x = x + columns * stride
-                images[:, y:end_y:stride, x:end_x:stride] += patches[:, :, :, y, x]
-        return images.to(patches.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return Patches.apply(gradient, ctx.kernel, ctx.stride), None
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Return values in fp32, or as they are if they are more exact."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class ProductConv2d(nn.Conv2d):
     """Conv2d as a product: (n, c, h, w) -> (n, filters, rows, columns)."""
 
     def forward(self, images: Tensor) -> Tensor:
-        weights = self.weight.permute(0, 2, 3, 1)  # (filters, kernel, kernel, c)
-        patches = Patches.apply(images.permute(0, 2, 3, 1), weights.shape[1], self.stride[0])
-        results = nn.functional.linear(patches.flatten(3), weights.flatten(1), self.bias)
+        pixels = pixels_of_patches(self, *images.shape[2:])
+        flat = at_least_fp32(images).permute(0, 2, 3, 1).flatten(1, 2)  # (n, h * w, c)
+        patches = flat.index_select(1, pixels.flatten()).unflatten(1, pixels.shape).flatten(3)
+        weights = self.weight.permute(0, 2, 3, 1).flatten(1)  # (filters, kernel * kernel * c)
+        results = nn.functional.linear(patches, weights, self.bias)
         return results.permute(0, 3, 1, 2)
 
 
 class ProductConvTranspose2d(nn.ConvTranspose2d):
     """ConvTranspose2d as a product: (n, c, rows, columns) -> (n, filters, h, w)."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        weights = self.weight.permute(0, 2, 3, 1)  # (c, kernel, kernel, filters)
-        patches = images.permute(0, 2, 3, 1) @ weights.flatten(1)
-        results = PatchSum.apply(patches.unflatten(3, weights.shape[1:]), self.stride[0])
+    def forward(self, images: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        if output_size is not None:
+            return super().forward(images, output_size)
+        height = (images.shape[2] - 1) * self.stride[0] + self.kernel_size[0]
+        width = (images.shape[3] - 1) * self.stride[1] + self.kernel_size[1]
+        pixels = pixels_of_patches(self, height, width)
+        weights = self.weight.permute(0, 2, 3, 1).flatten(1)  # (c, kernel * kernel * filters)
+        patches = images.permute(0, 2, 3, 1) @ weights  # (n, rows, columns, as weights)
+        rows = at_least_fp32(patches).view(len(images), pixels.numel(), self.out_channels)
+        flat = rows.new_zeros(len(images), height * width, self.out_channels)
+        results = flat.index_add(1, pixels.flatten(), rows).to(patches.dtype)
         if self.bias is not None:
             results = results + self.bias.to(results.dtype)
-        return results.permute(0, 3, 1, 2)
+        return results.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def use_products(network: nn.Module) -> None:
