@@ -401,9 +401,11 @@ LAYERS = 6  # what layers such as dropout take in an epoch
 
 
 def stream_seed(seed: int, use: int, epoch: int = 0) -> int:
-    """Return where the random numbers of a use named above start, in an epoch if it has one."""
-    stream = {FIXED_NOISE: 0, DRAWING: -1, NORM_STATISTICS: -2}.get(use, epoch)
-    return seed if use == FIRST_WEIGHTS else seed * 2**20 + stream
+    """Return where the random numbers of a use named above start, in an epoch if it has one.
+
+    numpy mixes the three: on a CPU, torch takes only the last 32 bits of a seed.
+    """
+    return int(np.random.SeedSequence((seed, use, epoch)).generate_state(1, np.uint64)[0])
 
 
 def random_stream(
