@@ -178,7 +178,7 @@ def weights_init(m: nn.Module) -> None:
     else:
         return
     if m.weight is not None:
-        nn.init.normal_(m.weight, mean, std=0.02)
+        m.weight = nn.init.normal_(m.weight, mean, std=0.02)  # set, for a parametrization has it
     if m.bias is not None:
         nn.init.zeros_(m.bias)
 

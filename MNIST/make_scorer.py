@@ -32,9 +32,7 @@ from dcgan_mnist import (
     Scorer,
     load_digits,
     moments,
-    order_of_epoch,
-    random_stream,
-    seeded,
+    read_idx,
     some,
     to_images,
 )
@@ -45,17 +43,33 @@ LARGEST_RATE = 0.01  # reached after three tenths of training; then it falls to 
 SHIFTS = 2  # pixels to each side
 
 
+def random_numbers(seed: int, stream: int) -> torch.Generator:
+    """Return the random numbers of a stream, which do not depend on those of the program.
+
+    Stream 0 is for the shifts, stream e for the order of the digits in epoch e.
+    """
+    return torch.Generator().manual_seed(seed * 2**20 + stream)
+
+
+def load_labels(split: str) -> Tensor:
+    """Read the labels (n,) of a split's digits."""
+    prefix = {"train": "train", "test": "t10k"}[split]
+    return read_idx(BUNDLED / "MNIST" / "raw" / f"{prefix}-labels-idx1-ubyte").long()
+
+
 def train(digits: Tensor, labels: Tensor, seed: int) -> Classifier:
     """Train a classifier on digits (n, 28, 28) of uint8, each batch shifted by a pixel or two."""
-    with seeded(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         classifier = Classifier()
     optimizer = torch.optim.Adam(classifier.parameters(), fused=True)
     steps = EPOCHS * len(digits) // BATCH_SIZE
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LARGEST_RATE, steps)
-    shifts = random_stream(seed, stream=0)
+    shifts = random_numbers(seed, stream=0)
     for epoch in range(1, EPOCHS + 1):
         losses = []
-        for index in order_of_epoch(digits, seed, epoch).split(BATCH_SIZE):
+        order = torch.randperm(len(digits), generator=random_numbers(seed, epoch))
+        for index in order.split(BATCH_SIZE):
             shift = torch.randint(-SHIFTS, SHIFTS + 1, (2,), generator=shifts).tolist()
             images = to_images(digits[index]).roll(shift, dims=(2, 3))
             loss = cross_entropy(classifier(images), labels[index])
@@ -76,10 +90,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    digits = {}
-    labels = {}
-    for split in ("train", "test"):
-        digits[split], labels[split] = load_digits(BUNDLED, split)
+    digits = {split: load_digits(BUNDLED, split) for split in ("train", "test")}
+    labels = {split: load_labels(split) for split in digits}
     classifier = train(digits["train"], labels["train"], options.seed)
     judged = {split: classifier.judge(digits[split]) for split in digits}
     right = judged["test"][1].argmax(dim=1) == labels["test"]

@@ -11,6 +11,7 @@ epochs was fixed beforehand. The settings of the record were chosen with other s
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import math
 import statistics
@@ -33,17 +34,27 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dcgan_mnist  # noqa: E402
+from dcgan_mnist import Settings  # noqa: E402
 
 BATCH_SIZE = 50
 STEP_GFLOP = 2 * BATCH_SIZE * (8 * 36.7 + 3 * 37.2) / 1000  # passes x million multiply-adds
-PRODUCT_GFLOP = 2 * 2048**3 / 1e9  # of two 2048 x 2048 matrices
+SIDE = 2048  # rows and columns of the matrices whose product is the limit of speed
+PRODUCT_GFLOP = 2 * SIDE**3 / 1e9
 PROGRAM = str(ROOT / "dcgan_mnist.py")
+IMPORTS = [sys.executable, "-c", "import torch, torchvision"]
 TEXTBOOK_STEPS = 2000  # ten epochs
 TEXTBOOK_SEEDS = (0, 1, 2)
 RECORD = ("--recipe", "quick", "--epochs", "2")  # the shortest run to the textbook's quality
 RECORD_SEEDS = tuple(range(100, 110))
+EVALUATED = 10_000  # digits drawn to score a run
 PICTURE = ROOT / "result" / "same_time.png"
 Loop = Iterator[object]
+
+
+def command_of(sizes: Settings, *flags: str) -> list[str]:
+    """Return the command that runs the program with networks of these sizes and these flags."""
+    own = ["--width", str(sizes.width), "--latent-dim", str(sizes.latent_dim)]
+    return [sys.executable, "-u", PROGRAM, *own, *flags]
 
 
 class BundledDigits(MNIST):
@@ -51,16 +62,20 @@ class BundledDigits(MNIST):
 
     def __init__(self, transform: Callable) -> None:
         VisionDataset.__init__(self, dcgan_mnist.BUNDLED, transform=transform)
-        self.data, self.targets = dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test")
+        self.data = dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test")
+        labels = dcgan_mnist.BUNDLED / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+        self.targets = dcgan_mnist.read_idx(labels)
 
 
-def textbook_loop(device: torch.device) -> Iterator[nn.Module]:
+def textbook_loop(device: torch.device, sizes: Settings) -> Iterator[nn.Module]:
     """Train as tutorials do; yield the generator after each step."""
     scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     dataset = BundledDigits(scale)
     loader = DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=True)
-    generator = dcgan_mnist.Generator().apply(dcgan_mnist.weights_init).to(device)
-    discriminator = dcgan_mnist.Discriminator().apply(dcgan_mnist.weights_init).to(device)
+    generator = dcgan_mnist.Generator(sizes.latent_dim, sizes.width).to(device)
+    discriminator = dcgan_mnist.Discriminator(sizes.width).to(device)
+    for network in (generator, discriminator):
+        network.apply(dcgan_mnist.weights_init)
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=0.0002, betas=(0.5, 0.999))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=0.0002, betas=(0.5, 0.999))
     criterion = nn.BCELoss()
@@ -73,7 +88,7 @@ def textbook_loop(device: torch.device) -> Iterator[nn.Module]:
             on_real = discriminator(real)
             loss_real = criterion(on_real, ones)
             loss_real.backward()
-            fake = generator(torch.randn(len(real), 100, 1, 1, device=device))
+            fake = generator(torch.randn(len(real), sizes.latent_dim, 1, 1, device=device))
             loss_fake = criterion(discriminator(fake.detach()), zeros)
             loss_fake.backward()
             optimizer_d.step()
@@ -86,17 +101,17 @@ def textbook_loop(device: torch.device) -> Iterator[nn.Module]:
             yield generator
 
 
-def program_loop(device: torch.device, settings: dcgan_mnist.Settings) -> Loop:
+def program_loop(device: torch.device, settings: Settings) -> Loop:
     """Train as the program does; a step for each item."""
     gan = dcgan_mnist.DCGAN(settings, device)
-    step = dcgan_mnist.fastest_step(gan, dcgan_mnist.Processes())
-    digits = dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test")[0].to(device)
-    noise = dcgan_mnist.random_stream(0, 1, device)
+    step = dcgan_mnist.fastest_step(gan)
+    digits = dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test").to(device)
+    noise = dcgan_mnist.random_stream(settings.seed, dcgan_mnist.NOISE, epoch=1, device=device)
     steps = 0
     while True:
         for index in torch.randperm(len(digits)).to(device).split(settings.batch_size):
             count = settings.generator_steps * len(index)
-            z = torch.randn(count, 100, 1, 1, generator=noise, device=device)
+            z = torch.randn(count, settings.latent_dim, 1, 1, generator=noise, device=device)
             step(dcgan_mnist.to_images(digits[index]), z)
             steps += 1
             gan.update_average(steps)
@@ -104,9 +119,9 @@ def program_loop(device: torch.device, settings: dcgan_mnist.Settings) -> Loop:
 
 
 def product_loop(device: torch.device, dtype: torch.dtype) -> Loop:
-    """Multiply two 2048 x 2048 matrices of random numbers; a product for each item."""
-    a = torch.randn(2048, 2048, device=device).to(dtype)
-    b = torch.randn(2048, 2048, device=device).to(dtype)
+    """Multiply two square matrices of random numbers; a product for each item."""
+    a = torch.randn(SIDE, SIDE, device=device).to(dtype)
+    b = torch.randn(SIDE, SIDE, device=device).to(dtype)
     while True:
         a @ b
         yield
@@ -137,12 +152,12 @@ def medians(
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def speed_table(device: torch.device, count: int, rounds: int) -> str:
+def speed_table(device: torch.device, sizes: Settings, count: int, rounds: int) -> str:
     """Measure the loops; return a table of them and the speed of the matrix products."""
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    loops = {"textbook loop, fp32": textbook_loop(device)}
+    loops = {"textbook loop, fp32": textbook_loop(device, sizes)}
     for precision, dtype in precisions.items():
-        settings = dcgan_mnist.Settings(batch_size=BATCH_SIZE, precision=precision)
+        settings = dataclasses.replace(sizes, batch_size=BATCH_SIZE, precision=precision)
         loops[f"this program, {precision}"] = program_loop(device, settings)
         loops[f"matrix product, {precision}"] = product_loop(device, dtype)
     seconds = medians(loops, count, rounds, device)
@@ -178,16 +193,16 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def seconds_of(*command: str) -> float:
-    """Return how long a Python command takes from launch to exit."""
+def seconds_of(command: list[str]) -> float:
+    """Return how long a command takes from launch to exit."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start
 
 
-def seconds_to_first_step(folder: str) -> float:
+def seconds_to_first_step(folder: str, sizes: Settings) -> float:
     """Return how long the program takes from its launch to its first log line."""
-    command = [sys.executable, "-u", PROGRAM, "--output-dir", folder]
+    command = command_of(sizes, "--output-dir", folder)
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -198,10 +213,11 @@ def seconds_to_first_step(folder: str) -> float:
     return seconds
 
 
-def seconds_between_epochs(folder: str, epochs: int) -> list[float]:
+def seconds_between_epochs(folder: str, sizes: Settings, epochs: int) -> list[float]:
     """Return how long each epoch of a run takes from its last step until all is saved and drawn."""
-    command = [sys.executable, "-u", PROGRAM, "--output-dir", folder, "--epochs", str(epochs)]
-    command += ["--batch-size", "5000", "--log-every", "1"]  # two steps an epoch
+    half = len(dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test")) // 2
+    flags = ["--output-dir", folder, "--epochs", str(epochs), "--log-every", "1"]
+    command = command_of(sizes, *flags, "--batch-size", str(half))  # two steps an epoch
     seconds = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -212,16 +228,16 @@ def seconds_between_epochs(folder: str, epochs: int) -> list[float]:
     return seconds
 
 
-def start_and_end_lines(folder: str, rounds: int) -> str:
+def start_and_end_lines(folder: str, sizes: Settings, rounds: int) -> str:
     """Measure the start of a run beside the imports alone, and the end of an epoch."""
     imports = []
     starts = []
     for _ in range(rounds):
-        imports.append(seconds_of("-c", "import torch, torchvision"))
-        starts.append(seconds_to_first_step(folder))
+        imports.append(seconds_of(IMPORTS))
+        starts.append(seconds_to_first_step(folder, sizes))
     start = statistics.median(starts)
     ratio = start / statistics.median(imports)
-    first, *others = seconds_between_epochs(folder, rounds + 1)
+    first, *others = seconds_between_epochs(folder, sizes, rounds + 1)
     return (
         f"from launch to the first step: {start:.1f} s, {ratio:.1f} times importing torch and "
         f"torchvision\nfrom an epoch's last step to the next epoch: "
@@ -229,19 +245,19 @@ def start_and_end_lines(folder: str, rounds: int) -> str:
     )
 
 
-def distance(generator: nn.Module, scorer: dcgan_mnist.Scorer) -> float:
+def distance(generator: nn.Module, sizes: Settings, scorer: dcgan_mnist.Scorer) -> float:
     """Return the FD of 10,000 digits that a generator draws in eval mode."""
-    z = dcgan_mnist.make_noise(dcgan_mnist.EVALUATED, seed=0, stream=dcgan_mnist.DRAWING)
+    z = dcgan_mnist.make_noise(EVALUATED, sizes.latent_dim, seed=0, use=dcgan_mnist.DRAWING)
     return scorer(dcgan_mnist.draw(generator.eval(), z))["fd"]
 
 
-def run_textbook(seed: int, device: torch.device) -> tuple[float, nn.Module]:
+def run_textbook(seed: int, device: torch.device, sizes: Settings) -> tuple[float, nn.Module]:
     """Train the textbook loop for ten epochs; return the seconds that it took, and its generator.
 
     The start of the process and its imports are not in the seconds.
     """
     torch.manual_seed(seed)
-    loop = textbook_loop(device)
+    loop = textbook_loop(device, sizes)
     start = time.perf_counter()
     for _ in range(TEXTBOOK_STEPS):
         generator = next(loop)
@@ -249,20 +265,22 @@ def run_textbook(seed: int, device: torch.device) -> tuple[float, nn.Module]:
     return time.perf_counter() - start, generator
 
 
-def run_record(seed: int, folder: str) -> tuple[float, nn.Module]:
+def run_record(seed: int, folder: str, sizes: Settings) -> tuple[float, nn.Module]:
     """Run the record's command; return its seconds from launch to exit, and its generator."""
-    seconds = seconds_of(PROGRAM, *RECORD, "--seed", str(seed), "--output-dir", folder)
-    return seconds, dcgan_mnist.load_generator(folder)
+    flags = (*RECORD, "--seed", str(seed), "--output-dir", folder)
+    return seconds_of(command_of(sizes, *flags)), dcgan_mnist.load_generator(folder)
 
 
-def settings_of_record(device: torch.device) -> tuple[dcgan_mnist.Settings, int]:
+def settings_of_record(device: torch.device, folder: str, sizes: Settings) -> tuple[Settings, int]:
     """Return the record's settings, and how many steps it takes."""
-    options = dcgan_mnist.parse_options(list(RECORD))
-    settings, digits, epochs, _ = dcgan_mnist.new_run(options, device)
+    _, _, _, *flags = command_of(sizes, *RECORD)
+    options = dcgan_mnist.parse_options(flags)
+    new_folder = dcgan_mnist.RunFolder(Path(folder))
+    settings, digits, _, epochs, _ = dcgan_mnist.settle(options, device, new_folder)
     return settings, epochs * math.ceil(len(digits) / settings.batch_size)
 
 
-def time_to_quality(device: torch.device, folder: str) -> None:
+def time_to_quality(device: torch.device, folder: str, sizes: Settings) -> None:
     """Run the textbook loop and the record with all their seeds, taking turns; print a table."""
     scorer = dcgan_mnist.Scorer(dcgan_mnist.read_scorer(), "test", device)
     textbook = []  # seconds and distance of each run
@@ -270,16 +288,16 @@ def time_to_quality(device: torch.device, folder: str) -> None:
     share = math.ceil(len(RECORD_SEEDS) / len(TEXTBOOK_SEEDS))
     for i, textbook_seed in enumerate(TEXTBOOK_SEEDS):
         for seed in RECORD_SEEDS[i * share : (i + 1) * share]:
-            seconds, generator = run_record(seed, f"{folder}/{seed}")
-            record.append((seconds, distance(generator.to(device), scorer)))
+            seconds, generator = run_record(seed, f"{folder}/{seed}", sizes)
+            record.append((seconds, distance(generator.to(device), sizes, scorer)))
             print(f"this program, seed {seed}: {seconds:.1f} s, FD {record[-1][1]:.1f}")
-        seconds, generator = run_textbook(textbook_seed, device)
-        textbook.append((seconds, distance(generator, scorer)))
+        seconds, generator = run_textbook(textbook_seed, device, sizes)
+        textbook.append((seconds, distance(generator, sizes, scorer)))
         print(f"textbook loop, seed {textbook_seed}: {seconds:.1f} s, FD {textbook[-1][1]:.1f}")
-    _, steps = settings_of_record(device)
+    _, steps = settings_of_record(device, folder, sizes)
     print(quality_table(textbook, record, steps))
     generator = dcgan_mnist.load_generator(f"{folder}/{RECORD_SEEDS[0]}")
-    draw_after_same_time(generator, seconds=record[0][0], device=device)
+    draw_after_same_time(generator, record[0][0], device, sizes)
 
 
 def quality_table(
@@ -303,12 +321,15 @@ def quality_table(
     return f"{table(rows)}\n{reached} of {len(record)} seeds are at or below {target:.1f}"
 
 
-def draw_after_same_time(generator: nn.Module, seconds: float, device: torch.device) -> None:
+def draw_after_same_time(
+    generator: nn.Module, seconds: float, device: torch.device, sizes: Settings
+) -> None:
     """Draw the same noise with a record's generator and with the textbook loop after its time."""
-    z = dcgan_mnist.make_noise(dcgan_mnist.SAMPLES, seed=0, stream=dcgan_mnist.FIXED_NOISE)
+    use = dcgan_mnist.FIXED_NOISE
+    z = dcgan_mnist.make_noise(dcgan_mnist.SAMPLES, sizes.latent_dim, seed=0, use=use)
     ours = dcgan_mnist.draw(generator, z)
     torch.manual_seed(TEXTBOOK_SEEDS[0])
-    loop = textbook_loop(device)
+    loop = textbook_loop(device, sizes)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         textbook_generator = next(loop)
@@ -323,12 +344,13 @@ def draw_after_same_time(generator: nn.Module, seconds: float, device: torch.dev
     print(f"saved {PICTURE}: the same noise, drawn by both after the same time")
 
 
-def estimate_time_to_quality(device: torch.device, folder: str) -> None:
+def estimate_time_to_quality(device: torch.device, folder: str, sizes: Settings) -> None:
     """Print both times, estimated from short stretches; without scores."""
-    settings, steps = settings_of_record(device)
-    loops = {"textbook": textbook_loop(device), "record": program_loop(device, settings)}
+    settings, steps = settings_of_record(device, folder, sizes)
+    loops = {"textbook": textbook_loop(device, sizes), "record": program_loop(device, settings)}
     seconds = medians(loops, 3, 4, device)
-    dry_run = seconds_of(PROGRAM, *RECORD, "--dry-run", "--output-dir", folder)  # six steps
+    six_steps = command_of(sizes, *RECORD, "--dry-run", "--output-dir", folder)
+    dry_run = seconds_of(six_steps)
     textbook = TEXTBOOK_STEPS * seconds["textbook"]
     record = dry_run + (steps - 6) * seconds["record"]
     print("estimated from a few steps of both, without scores:")
@@ -337,24 +359,23 @@ def estimate_time_to_quality(device: torch.device, folder: str) -> None:
     print(f"ratio: about {textbook / record:.1f}")
 
 
-def peak_memory(*command: str) -> float:
-    """Return the peak resident memory in MB of a Python command."""
+def peak_memory(command: list[str]) -> float:
+    """Return the peak resident memory in MB of a command."""
     code = (
         "import resource, subprocess, sys\n"
         "subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )  # in a process of its own, because the figure is that of all children
-    measuring = [sys.executable, "-c", code, sys.executable, *command]
+    measuring = [sys.executable, "-c", code, *command]
     done = subprocess.run(measuring, capture_output=True, text=True, check=True)
     return float(done.stdout) / (1024**2 if sys.platform == "darwin" else 1024)
 
 
-def memory_lines() -> str:
+def memory_lines(sizes: Settings) -> str:
     """Measure how much memory a dry run takes, with either split."""
-    imports = peak_memory("-c", "import torch, torchvision")
-    dry_run = (PROGRAM, "--dry-run")
-    default = peak_memory(*dry_run)
-    train = peak_memory(*dry_run, "--split", "train")
+    imports = peak_memory(IMPORTS)
+    default = peak_memory(command_of(sizes, "--dry-run"))
+    train = peak_memory(command_of(sizes, "--dry-run", "--split", "train"))
     return (
         f"peak memory: {default:.0f} MB, {default - imports:.0f} more than the imports alone\n"
         f"peak memory with --split train: {train - default:.0f} MB more"
@@ -368,12 +389,17 @@ def main() -> None:
     parser.add_argument(
         "--to-quality", action="store_true", help="time whole runs to the same quality of digits"
     )
+    help = "as of the program; the share of the limit is right only with the default sizes"
+    parser.add_argument("--width", type=int, default=Settings.width, metavar="N", help=help)
+    default = Settings.latent_dim
+    parser.add_argument("--latent-dim", type=int, default=default, metavar="N", help=help)
     options = parser.parse_args()
+    sizes = Settings(width=options.width, latent_dim=options.latent_dim)
     quick = options.quick
     count = 2 if quick else 5
     rounds = 4 if quick else 20
     starts = 1 if quick else 5
-    device = dcgan_mnist.pick_device("auto", local_rank=0)
+    device = dcgan_mnist.pick_device("auto")
     if device.type == "cuda":
         count *= 50
         name = torch.cuda.get_device_name()
@@ -385,19 +411,19 @@ def main() -> None:
     if options.to_quality:
         with tempfile.TemporaryDirectory() as folder, dcgan_mnist.computing_on(device):
             if quick:
-                estimate_time_to_quality(device, folder)
+                estimate_time_to_quality(device, folder, sizes)
             else:
-                time_to_quality(device, folder)
+                time_to_quality(device, folder, sizes)
         return
     with dcgan_mnist.computing_on(device):
         print(f"batches of {BATCH_SIZE}")
-        print(speed_table(device, count, rounds))
+        print(speed_table(device, sizes, count, rounds))
     with tempfile.TemporaryDirectory() as folder:
-        print(start_and_end_lines(folder, starts))
+        print(start_and_end_lines(folder, sizes, starts))
     if importlib.util.find_spec("resource") is None:
         print("peak memory: not measured on this system")
     else:
-        print(memory_lines())
+        print(memory_lines(sizes))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,15 @@
-"""The fixtures: small networks, small data, and the program run in this process."""
+"""The fixtures: small data, stand-ins for the scorer, and the program run in this process."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import MeanScorer, Outcome, grey_curves, write_split
+from helpers import SMALL, MeanScorer, Outcome, grey_curves, write_split
 
 import dcgan_mnist
 
 torch.set_num_threads(1)  # the tests run in two processes, see .pytest.ini
-
-
-@pytest.fixture
-def small_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Make the program's networks small enough for a CPU to train in milliseconds.
-
-    There is then no generator that comes with the program, since its networks are not small.
-    """
-    monkeypatch.setattr(dcgan_mnist, "WIDTH", 4)
-    monkeypatch.setattr(dcgan_mnist, "LATENT_DIM", 8)
-    monkeypatch.setattr(dcgan_mnist, "EXAMPLE", tmp_path / "included" / "generator.pt")
 
 
 @pytest.fixture
@@ -31,23 +20,20 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def quick_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the program draw grey_curves, and few digits for scores and statistics."""
-    monkeypatch.setattr(dcgan_mnist, "SCORED", 100)
-    monkeypatch.setattr(dcgan_mnist, "NORM_SAMPLES", 100)
-    monkeypatch.setattr(dcgan_mnist, "curves", grey_curves)
+def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program write grey_curves instead of its own, which take longer than all else."""
+    monkeypatch.setitem(dcgan_mnist.DRAWINGS, "loss_curve.png", grey_curves)
 
 
 @pytest.fixture
 def run(
-    small_networks: None,
-    quick_epochs: None,
+    quick_curves: None,
     data_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., Outcome]:
-    """Run the program in an empty folder, with small networks and 60 digits unless given others.
+    """Run the program in an empty folder: a new run is SMALL, and on 60 digits unless given others.
 
     These are not MNIST's, so that a run goes without scores unless a fixture fakes them.
     """
@@ -56,6 +42,8 @@ def run(
 
     def run(*argv: object) -> Outcome:
         options = [str(option) for option in argv]
+        if not {"--resume", "--generate", "--interpolate", "--evaluate"} & set(options):
+            options = [*SMALL, *options]
         if "--data-dir" not in options:
             options += ["--data-dir", str(data_dir)]
         if "--device" not in options:
@@ -89,7 +77,7 @@ def fake_scores(
 @pytest.fixture
 def known_digits(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the program take the data_dir fixture's digits for MNIST's test split."""
-    digits = dcgan_mnist.load_digits(data_dir, "test")[0]
+    digits = dcgan_mnist.load_digits(data_dir, "test")
     monkeypatch.setitem(dcgan_mnist.SPLIT_OF_DIGITS, dcgan_mnist.sha256_of(digits), "test")
 
 

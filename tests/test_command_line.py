@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import io
 import itertools
 import os
 import re
@@ -18,10 +17,10 @@ from typing import NoReturn
 
 import pytest
 import torch
-from helpers import ROOT, RUN_FILES, THREE_STEPS, contents, saved
+from helpers import ROOT, RUN_FILES, SMALL, THREE_STEPS, assert_same_run, contents, saved
 
 import dcgan_mnist
-from dcgan_mnist import Failure, Settings
+from dcgan_mnist import Failure, Settings, setting
 
 
 def raising(error: BaseException) -> Callable[..., NoReturn]:
@@ -33,6 +32,21 @@ def raising(error: BaseException) -> Callable[..., NoReturn]:
     return fail
 
 
+def script(
+    folder: Path, *options: object, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Run the script in a process of its own, in a folder, with changes to the environment."""
+    # on one thread, for the other tests need the other core
+    return subprocess.run(
+        [sys.executable, str(ROOT / "dcgan_mnist.py"), *map(str, options)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+
+
 # ------------------------------------------- wrong input ------------------------------------------
 RANGES = {
     "epochs": ("1", "100000"),
@@ -42,6 +56,8 @@ RANGES = {
     "beta2": ("0.0", "0.999999"),
     "generator-steps": ("1", "10"),
     "ema": ("0.0", "0.5"),
+    "width": ("1", "1024"),
+    "latent-dim": ("1", "10000"),
     "seed": ("0", "4294967295"),
     "log-every": ("1", "1000000"),
     "generate": ("1", "100000"),
@@ -60,7 +76,10 @@ def test_numbers_that_make_no_sense_end_with_one_line_that_says_the_range(
     assert contents(".") == {}
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch-size", "lr", "log-every", "generate"])
+POSITIVE = ["epochs", "batch-size", "lr", "width", "latent-dim", "log-every", "generate"]
+
+
+@pytest.mark.parametrize("name", POSITIVE)
 def test_zero_is_refused_where_it_makes_no_sense(run, name: str):
     low, high = RANGES[name]
     assert run(f"--{name}=0").is_one_line(2, f"error: argument --{name}: ", f"from {low} to {high}")
@@ -78,11 +97,14 @@ def test_both_ends_of_a_range_are_in_it(name: str):
     ("argv", "words"),
     [
         (["--beta1", "1"], ["--beta1", "0.9999"]),
+        (["--width", "1025"], ["--width", "1024"]),
+        (["--latent-dim", "10001"], ["--latent-dim", "10000"]),
         (["--ema", "0.99"], ["--ema", "0.5"]),
         (["--epochs", "1.5"], ["--epochs", "whole number", "1.5"]),
         (["--split", "both"], ["--split", "both", "train"]),
         (["--device", "abacus"], ["--device", "abacus", "cpu"]),
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
+        (["--graph", "on"], ["--graph", "on", "off"]),
         (["--recipe", "secret"], ["--recipe", "secret", "tuned"]),
         (["--batch-size", "61"], ["--batch-size", "60"]),
         (["--epoch", "3"], ["--epoch"]),
@@ -91,6 +113,7 @@ def test_both_ends_of_a_range_are_in_it(name: str):
         (["--best", "--evaluate", "digits.npy"], ["--best", "--evaluate without a file"]),
         (["--generate", "3", "--lr", "0.1"], ["--lr", "--generate"]),
         (["--interpolate", "--recipe", "tuned"], ["--recipe", "--interpolate"]),
+        (["--generate", "3", "--width", "4"], ["--width", "--generate"]),
         (["--evaluate", "--split", "train"], ["--split", "--evaluate"]),
         (["--digit", "7"], ["--digit", "--generate N"]),
         (["--evaluate", "--digit", "7"], ["--digit", "--generate N"]),
@@ -172,16 +195,44 @@ def test_auto_takes_the_fastest_device(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert dcgan_mnist.pick_device("auto", local_rank=0).type == expected
+    assert dcgan_mnist.pick_device("auto").type == expected
+
+
+def torchrun(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Let the environment be what torchrun gives to one of two processes on this machine."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
 
 
 def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    devices = [dcgan_mnist.pick_device("cuda", local_rank) for local_rank in (0, 1)]
-    assert devices == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    for rank in (0, 1):
+        torchrun(monkeypatch, rank)
+        assert dcgan_mnist.pick_device("cuda") == torch.device("cuda", rank)
+    torchrun(monkeypatch, rank=2)
     with pytest.raises(OSError, match="GPU"):
-        dcgan_mnist.pick_device("cuda", local_rank=2)
+        dcgan_mnist.pick_device("cuda")
+
+
+def test_what_an_earlier_job_left_in_the_environment_changes_nothing(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert run(*THREE_STEPS, "--epochs", 1, "--output-dir", "clean").code == 0
+    torchrun(monkeypatch, rank=1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    outcome = run(*THREE_STEPS, "--epochs", 1, "--output-dir", "left")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "saved to left" in outcome.out
+    assert_same_run("clean", "left")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert dcgan_mnist.pick_device("auto") == torch.device("cuda", 0)
 
 
 def test_bf16_where_it_is_slow_costs_one_warning_and_not_the_run(
@@ -196,20 +247,65 @@ def test_bf16_where_it_is_slow_costs_one_warning_and_not_the_run(
     assert set(contents("result")) == RUN_FILES
 
 
-# --------------------------------------------- the help -------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class OtherSettings(Settings):
-    """The settings with other defaults."""
+@pytest.mark.parametrize(
+    ("flags", "graph"), [([], True), (["--graph", "auto"], True), (["--graph", "off"], False)]
+)
+def test_graph_off_trains_without_a_cuda_graph_and_only_then(
+    run, monkeypatch: pytest.MonkeyPatch, flags: list[str], graph: bool
+):
+    original = dcgan_mnist.fastest_step
+    asked = []
 
-    recipe: str = "tuned"
-    batch_size: int = 7
-    lr: float = 0.125
-    beta1: float = 0.25
-    beta2: float = 0.75
-    generator_steps: int = 3
-    ema: float = 0.25
-    seed: int = 12
-    split: str = "train"
+    def step(gan: dcgan_mnist.DCGAN, graph: bool = True) -> dcgan_mnist.Step:
+        asked.append(graph)
+        return original(gan, graph)
+
+    monkeypatch.setattr(dcgan_mnist, "fastest_step", step)
+    assert run(*THREE_STEPS, "--epochs", 1, *flags).code == 0
+    assert asked == [graph]
+
+
+@pytest.mark.parametrize(("before", "after"), [("auto", "off"), ("off", "auto")])
+def test_a_run_goes_on_with_and_without_a_cuda_graph(run, before: str, after: str):
+    assert run(*THREE_STEPS, "--epochs", 1, "--graph", before).code == 0
+    outcome = run("--resume", "--epochs", 2, "--graph", after)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert saved()["epoch"] == 2
+
+
+# -------------------------------------- the help and the flags ------------------------------------
+@dataclasses.dataclass(frozen=True)
+class NewSettings(Settings):
+    """The settings and one more of every kind."""
+
+    dropout: float = setting(0.25, "share of the features to leave out", low=0.0, high=0.9)
+    layers: int = setting(4, "layers of a network", low=2, high=6)
+    loss: str = setting("cross-entropy", "what to minimise", choices=("cross-entropy", "hinge"))
+    labels: bool = setting(True, "tell the networks what digit it is")
+    note: str = setting("none", "what the run is for")
+
+
+def new_default(name: str, default: object) -> object:
+    """Return the field of a setting with another default."""
+    (field,) = (field for field in dataclasses.fields(Settings) if field.name == name)
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherSettings(NewSettings):
+    """The same settings with other defaults."""
+
+    recipe: str = new_default("recipe", "tuned")
+    batch_size: int = new_default("batch_size", 7)
+    lr: float = new_default("lr", 0.125)
+    beta1: float = new_default("beta1", 0.25)
+    beta2: float = new_default("beta2", 0.75)
+    generator_steps: int = new_default("generator_steps", 3)
+    ema: float = new_default("ema", 0.125)
+    width: int = new_default("width", 5)
+    latent_dim: int = new_default("latent_dim", 9)
+    seed: int = new_default("seed", 12)
+    split: str = new_default("split", "train")
 
 
 @pytest.mark.parametrize("defaults", [Settings, OtherSettings])
@@ -234,6 +330,50 @@ def test_help_gives_the_default_of_every_flag(
         assert default in (None, False) or shown == str(default)
 
 
+def test_a_line_in_settings_is_a_flag_that_a_run_keeps(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dcgan_mnist, "Settings", NewSettings)
+    flags = ["--dropout", 0.5, "--layers", 3, "--loss", "hinge", "--no-labels", "--note", "a try"]
+    new = {"dropout": 0.5, "layers": 3, "loss": "hinge", "labels": False, "note": "a try"}
+    outcome = run(*THREE_STEPS, "--epochs", 1, *flags)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert new.items() <= saved()["settings"].items()
+    assert run("--resume", "--epochs", 2, *flags).code == 0
+    assert run("--resume", "--epochs", 3).code == 0
+    assert new.items() <= saved()["settings"].items()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--dropout", "1"], ["--dropout", "a number from 0.0 to 0.9"]),
+        (["--layers", "2.5"], ["--layers", "a whole number from 2 to 6"]),
+        (["--loss", "luck"], ["--loss", "luck", "hinge"]),
+        (["--labels", "yes"], ["yes"]),
+        (["--resume", "--dropout", "0.5"], ["--dropout", "0.5", "0.25"]),
+        (["--resume", "--no-labels"], ["--labels", "False", "True"]),
+        (["--generate", "3", "--note", "x"], ["--note is a training flag", "--generate"]),
+    ],
+)
+def test_what_is_wrong_with_a_new_setting_ends_with_one_line(
+    run, monkeypatch: pytest.MonkeyPatch, argv: list[str], words: list[str]
+):
+    monkeypatch.setattr(dcgan_mnist, "Settings", NewSettings)
+    assert run(*THREE_STEPS, "--epochs", 1).code == 0
+    before = contents(".")
+    assert run(*argv).is_one_line(2, "error: ", *words)
+    assert contents(".") == before
+
+
+def test_a_run_from_before_a_setting_was_added_goes_on_with_its_default(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    assert run(*THREE_STEPS, "--epochs", 1).code == 0
+    monkeypatch.setattr(dcgan_mnist, "Settings", NewSettings)
+    outcome = run("--resume", "--epochs", 2)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert saved()["settings"]["dropout"] == 0.25
+
+
 # ------------------------------------------ how it ends -------------------------------------------
 @pytest.mark.parametrize(
     ("place", "hint"),
@@ -244,7 +384,7 @@ def test_help_gives_the_default_of_every_flag(
         ("training_step", "to start over, run the same command"),
         ("draw", "to start over, run the same command"),
         ("grid", "epoch 1 is saved; to continue, run the same command with --resume"),
-        ("curves", "epoch 1 is saved; to continue, run the same command with --resume"),
+        ("animation", "epoch 1 is saved; to continue, run the same command with --resume"),
     ],
 )
 def test_ctrl_c_anywhere_ends_with_one_line_that_says_how_to_go_on(
@@ -266,12 +406,11 @@ def test_it_trains_in_a_thread_other_than_the_first(run):
 
 
 def test_the_command_itself_returns_the_exit_code(tmp_path: Path):
-    command = [sys.executable, str(ROOT / "dcgan_mnist.py"), "--epochs", "none"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = script(tmp_path, "--epochs", "none")
     assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("dcgan_mnist.py: error: argument --epochs")
-    assert done.stderr.count("\n") == 1
+    assert done.stdout == b""
+    assert done.stderr.startswith(b"dcgan_mnist.py: error: argument --epochs")
+    assert done.stderr.count(b"\n") == 1
 
 
 # ------------------------------------ what it leaves as it was ------------------------------------
@@ -311,14 +450,10 @@ def deterministic_or_not(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", request.param)
 
 
-def send(signum: int) -> Callable[..., NoReturn]:
-    """Return a function that lets this process get a signal."""
-
-    def send_it(*_: object) -> NoReturn:
-        signal.raise_signal(signum)
-        raise AssertionError("the signal came to nothing")
-
-    return send_it
+def interrupted(*_: object) -> NoReturn:
+    """Let this process get the signal of Ctrl-C."""
+    signal.raise_signal(signal.SIGINT)
+    raise AssertionError("the signal came to nothing")
 
 
 @pytest.mark.usefixtures("deterministic_or_not")
@@ -331,10 +466,9 @@ def send(signum: int) -> Callable[..., NoReturn]:
         (raising(OSError(28, "No space left on device")), 1),
         (raising(torch.OutOfMemoryError("CUDA out of memory")), 1),
         (raising(KeyboardInterrupt()), 130),
-        (send(signal.SIGINT), 130),
-        (send(signal.SIGTERM), 143),
+        (interrupted, 130),
     ],
-    ids=["done", "diverged", "failed", "full", "memory", "Ctrl-C", "SIGINT", "SIGTERM"],
+    ids=["done", "diverged", "failed", "full", "memory", "Ctrl-C", "SIGINT"],
 )
 def test_everything_is_as_before_after_a_run_however_it_ends(
     run, monkeypatch: pytest.MonkeyPatch, step: Callable, code: int
@@ -349,7 +483,8 @@ def test_everything_is_as_before_after_a_run_however_it_ends(
 
 @pytest.mark.usefixtures("deterministic_or_not")
 @pytest.mark.parametrize(
-    ("argv", "code"), [(["--epochs", "0"], 2), (["--generate", "3"], 1), (["--resume"], 1)]
+    ("argv", "code"),
+    [(["--epochs", "0"], 2), (["--generate", "3", "--output-dir", "none"], 1), (["--resume"], 1)],
 )
 def test_everything_is_as_before_after_a_command_that_cannot_be(run, argv: list[str], code: int):
     before = unusual_surroundings()
@@ -373,56 +508,11 @@ def test_everything_is_as_before_after_a_fault_of_the_program_or_the_help(
 def test_everything_is_as_before_in_a_process_that_prints_nothing(
     run, monkeypatch: pytest.MonkeyPatch
 ):
-    for name, value in torchrun_environment(RANK="1").items():
-        monkeypatch.setenv(name, value)
+    torchrun(monkeypatch, rank=1)
     before = unusual_surroundings()
     outcome = run("--epochs", 0)
     assert (outcome.code, outcome.out, outcome.err) == (2, "", "")
     assert surroundings() == before
-
-
-# ------------------------------------ the environment of torchrun ---------------------------------
-def torchrun_environment(**changes: str | None) -> dict[str, str]:
-    """Return what torchrun says to the first of two processes, but for changes; None: nothing."""
-    complete = {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29500",
-    }
-    return {name: value for name, value in (complete | changes).items() if value is not None}
-
-
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        ({"RANK": "1"}, ["WORLD_SIZE", "torchrun"]),
-        ({"WORLD_SIZE": "2"}, ["RANK", "torchrun"]),
-        (torchrun_environment(WORLD_SIZE=None), ["WORLD_SIZE", "torchrun"]),
-        (torchrun_environment(RANK=None), ["RANK", "torchrun"]),
-        (torchrun_environment(MASTER_ADDR=None), ["MASTER_ADDR", "torchrun"]),
-        (torchrun_environment(MASTER_PORT=None), ["MASTER_PORT", "torchrun"]),
-        (torchrun_environment(RANK="one"), ["'one'"]),
-        (torchrun_environment(RANK=""), ["''"]),
-        (torchrun_environment(RANK="9" * 5000), []),
-        (torchrun_environment(WORLD_SIZE="two"), ["'two'"]),
-        (torchrun_environment(LOCAL_RANK="zero"), ["'zero'"]),
-        (torchrun_environment(RANK="2"), ["RANK=2", "WORLD_SIZE=2", "torchrun"]),
-        (torchrun_environment(RANK="-1"), ["RANK=-1", "torchrun"]),
-        (torchrun_environment(WORLD_SIZE="0"), ["WORLD_SIZE=0", "torchrun"]),
-    ],
-)
-def test_half_an_environment_of_torchrun_is_refused_with_one_line(
-    run, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: list[str]
-):
-    monkeypatch.setattr(torch.distributed, "init_process_group", raising(AssertionError()))
-    for name in torchrun_environment():
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert run("--epochs", 1).is_one_line(2, "error: ", *words)
-    assert contents(".") == {}
 
 
 # ----------------------------------- what the console cannot show ---------------------------------
@@ -435,40 +525,23 @@ SHOWN = {
 
 @pytest.mark.parametrize("encoding", SHOWN)
 def test_a_console_that_lacks_characters_shows_escapes_instead(
-    run, monkeypatch: pytest.MonkeyPatch, encoding: str
-):
-    console = io.TextIOWrapper(io.BytesIO(), encoding)
-    monkeypatch.setattr(sys, "stdout", console)
-    assert run(*THREE_STEPS, "--epochs", 1, "--output-dir", FOLDER).code == 0
-    console.flush()
-    assert f"saved to {SHOWN[encoding]} after" in console.buffer.getvalue().decode(encoding)
-    assert saved(FOLDER)["epoch"] == 1
-
-
-@pytest.mark.parametrize("encoding", SHOWN)
-def test_a_process_whose_console_lacks_characters_ends_well(
     tmp_path: Path, data_dir: Path, encoding: str
 ):
-    command = [sys.executable, ROOT / "tests" / "small_program.py", "--data-dir", data_dir]
-    command += ["--epochs", "1", "--device", "cpu", "--output-dir", FOLDER]
-    changes = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | changes, capture_output=True, check=False
-    )
+    options = ["--data-dir", data_dir, "--device", "cpu", "--output-dir", FOLDER]
+    options += [*SMALL, *THREE_STEPS, "--epochs", 1]
+    done = script(tmp_path, *options, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, b"")
     assert f"saved to {SHOWN[encoding]} after" in done.stdout.decode(encoding)
+    assert saved(tmp_path / FOLDER)["epoch"] == 1
 
 
 @pytest.mark.parametrize("encoding", SHOWN)
-def test_a_failure_too_is_said_on_a_console_that_lacks_characters(
-    run, monkeypatch: pytest.MonkeyPatch, encoding: str
-):
-    console = io.TextIOWrapper(io.BytesIO(), encoding)
-    monkeypatch.setattr(sys, "stderr", console)
-    assert run("--generate", 3, "--output-dir", FOLDER).code == 1
-    console.flush()
-    line = console.buffer.getvalue().decode(encoding)
+def test_a_failure_too_is_said_on_a_console_that_lacks_characters(tmp_path: Path, encoding: str):
+    done = script(tmp_path, "--generate", 3, "--output-dir", FOLDER, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout) == (1, b"")
+    line = done.stderr.decode(encoding)
     assert line.startswith(f"dcgan_mnist.py: error: there is no {SHOWN[encoding]}")
+    assert line.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows may not allow paths so long")
@@ -485,8 +558,9 @@ def test_long_folders_whose_names_are_not_ascii_serve_for_digits_and_output(run,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_a_folder_whose_name_is_no_text_can_be_written_to(run):
+def test_a_folder_whose_name_is_no_text_can_be_written_to(tmp_path: Path, data_dir: Path):
     folder = os.fsdecode(b"\xff")
-    outcome = run(*THREE_STEPS, "--epochs", 1, "--output-dir", folder)
-    assert (outcome.code, outcome.err) == (0, "")
-    assert saved(folder)["epoch"] == 1
+    options = ["--data-dir", data_dir, "--device", "cpu", "--output-dir", folder]
+    done = script(tmp_path, *SMALL, *THREE_STEPS, "--epochs", 1, *options)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert saved(tmp_path / folder)["epoch"] == 1

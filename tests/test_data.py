@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, contents, write_split
+from helpers import ROOT, SMALL, contents, write_split
 from torchvision.datasets import MNIST
 
-from dcgan_mnist import load_digits, random_stream, to_images
+import dcgan_mnist
+from dcgan_mnist import load_digits, random_stream, read_idx, to_images
 
 IMAGES = "t10k-images-idx3-ubyte"
 LABELS = "t10k-labels-idx1-ubyte"
@@ -92,10 +93,11 @@ def test_both_bundled_splits_are_whole_and_stay_gzipped():
     for name, expected in BUNDLED.items():
         unpacked = gzip.decompress((raw / f"{name}.gz").read_bytes())
         assert hashlib.sha256(unpacked).hexdigest() == expected
-    for split, count in (("test", 10_000), ("train", 60_000)):
-        digits, labels = load_digits(ROOT / "MNIST", split)
+    for split, name, count in (("test", LABELS, 10_000), ("train", TRAIN_FILES[1], 60_000)):
+        digits = load_digits(ROOT / "MNIST", split)
         assert digits.shape == (count, 28, 28)
         assert digits.dtype == torch.uint8
+        labels = read_idx(raw / name)
         assert labels.shape == (count,)
         assert labels.unique().tolist() == list(range(10))
     assert {path.name for path in raw.iterdir()} == {f"{name}.gz" for name in BUNDLED}
@@ -111,20 +113,21 @@ def test_either_split_needs_no_network_and_no_right_to_write(tmp_path: Path, spl
         "def refuse(*a, **k): raise SystemExit('a socket was opened')\n"
         "socket.socket.__init__ = socket.getaddrinfo = refuse\n"
         "import dcgan_mnist\n"
-        "dcgan_mnist.WIDTH = 4\n"
-        f"sys.exit(dcgan_mnist.main(['--dry-run', '--device', 'cpu', '--split', '{split}']))\n"
+        "sys.exit(dcgan_mnist.main(sys.argv[1:]))\n"
     )
+    flags = [*SMALL, "--dry-run", "--device", "cpu", "--split", split]
     before = contents(clone)
     for path in [*clone.rglob("*"), clone]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     # on one thread, for the other tests need the other core
     env = os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-B", "-c", code],
+        [sys.executable, "-B", "-c", code, *flags],
         cwd=tmp_path,
         env=env,
         capture_output=True,
         text=True,
+        timeout=120,
         check=False,
     )
     for path in [clone, *clone.rglob("*")]:
@@ -206,9 +209,8 @@ def test_damaged_or_foreign_files_end_with_one_line(run, data_dir: Path, kind: s
 
 
 def test_other_data_in_the_same_files_just_works(run, data_dir: Path):
-    digits, labels = load_digits(data_dir, "test")
+    digits = load_digits(data_dir, "test")
     assert torch.equal(digits, write_split(data_dir, 60))
-    assert labels.tolist() == [i % 10 for i in range(60)]
     assert digits.dtype == torch.uint8
     assert "Training on 60 digits" in run("--dry-run", "--batch-size", 20).out
 
@@ -232,9 +234,8 @@ def test_digits_are_found_in_any_folder_plain_or_gzipped(
     if packed:
         gzip_files(folder)
     before = contents(tmp_path)
-    found = load_digits(tmp_path / "elsewhere", "test")
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    assert torch.equal(load_digits(tmp_path / "elsewhere", "test"), expected)
+    assert read_idx(folder / LABELS).tolist() == [i % 10 for i in range(60)]
     assert contents(tmp_path) == before
 
 
@@ -242,7 +243,7 @@ def test_the_plain_file_comes_before_the_gzipped_one(data_dir: Path):
     write_split(data_dir, 50)
     gzip_files(data_dir / "MNIST" / "raw")
     plain = write_split(data_dir, 60)
-    assert torch.equal(load_digits(data_dir, "test")[0], plain)
+    assert torch.equal(load_digits(data_dir, "test"), plain)
 
 
 def test_mnists_own_folder_comes_before_others_and_others_must_be_named(run, data_dir: Path):
@@ -280,12 +281,25 @@ def test_images_go_from_minus_one_for_black_to_one_for_white():
     assert images[:, 0, 0, 0].tolist() == [1.0, -1.0, 1.0]
 
 
-def test_epochs_and_seeds_have_their_own_random_numbers():
-    noises = [
-        torch.randn(1, generator=random_stream(seed, stream)).item()
-        for seed in (0, 1)
-        for stream in (-2, -1, 0, 1, 2)
+USES = ("FIRST_WEIGHTS", "FIXED_NOISE", "DRAWING", "NORM_STATISTICS", "ORDER", "NOISE", "LAYERS")
+OF_AN_EPOCH = ("ORDER", "NOISE", "LAYERS")
+SEEDS = (0, 1, 2, 4096, 4097, 2**20, 2**20 + 1, 2**32 - 1)
+
+
+def test_every_use_and_epoch_and_seed_has_random_numbers_of_its_own():
+    epochs = (1, 2, 3, 4095, 4096, 4097, 99_999, 100_000)
+    streams = [
+        (seed, getattr(dcgan_mnist, use), epoch)
+        for seed in SEEDS
+        for use in USES
+        for epoch in (epochs if use in OF_AN_EPOCH else (0,))
     ]
-    assert len(set(noises)) == len(noises)
-    first = torch.randn(4, generator=random_stream(3, 7))
-    assert torch.equal(first, torch.randn(4, generator=random_stream(3, 7)))
+    first_numbers = {
+        tuple(torch.randn(4, generator=random_stream(*stream)).tolist()) for stream in streams
+    }
+    assert len(first_numbers) == len(streams)
+
+
+def test_random_numbers_are_the_same_from_their_start():
+    first = torch.randn(4, generator=random_stream(3, dcgan_mnist.NOISE, 7))
+    assert torch.equal(first, torch.randn(4, generator=random_stream(3, dcgan_mnist.NOISE, 7)))

@@ -1,45 +1,41 @@
 """The program in a notebook: README's lines in a real kernel, and interrupting a cell."""
 
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import ROOT, write_split
+from helpers import ROOT, SMALL, write_split
 from jupyter_client import BlockingKernelClient, KernelManager
 from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CELLS = re.search(r"^    import dcgan_mnist\n(?:    .+\n)+", README, re.MULTILINE)[0]
-TRAINING, PICTURE = re.split(r"^    (?=from PIL)", CELLS, flags=re.MULTILINE)
-# what differs from a user's notebook: small networks, few digits, and no scores of these
-SMALL = """
-import sys
-sys.path.insert(0, {program!r})
-import dcgan_mnist
-from pathlib import Path
-dcgan_mnist.WIDTH = 4
-dcgan_mnist.LATENT_DIM = 8
-dcgan_mnist.BUNDLED = Path({data!r})
-"""
+TRAINING, PICTURE = re.split(r"^(?=    from PIL)", CELLS, flags=re.MULTILINE)
 
 
 @pytest.fixture
-def small(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A cell that makes the program in the kernel small."""
+def flags(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What differs from a user's notebook: small networks, few digits, and no scores of these.
+
+    The kernel finds the program from any folder.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return SMALL.format(program=str(ROOT), data=str(data_dir))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return [*SMALL, "--data-dir", str(data_dir), "--device", "cpu"]
 
 
-def test_a_notebook_shows_bar_log_and_timeline(small: str, data_dir: Path, tmp_path: Path):
+def test_a_notebook_shows_bar_log_and_timeline(flags: list[str], data_dir: Path, tmp_path: Path):
     write_split(data_dir, 100)
-    lines = [line.removeprefix("    ") for line in TRAINING.splitlines()]
-    cells = [small, "\n".join(lines), PICTURE.replace("    ", "")]
+    cells = [textwrap.dedent(cell) for cell in (TRAINING, PICTURE)]
+    cells[0] = cells[0].replace('"2"]', f'"2", *{flags}]')
+    assert str(flags) in cells[0]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
-    _, training, picture = (cell.outputs for cell in notebook.cells)
+    training, picture = (cell.outputs for cell in notebook.cells)
 
     *streams, result = training
     assert {stream.name for stream in streams} == {"stdout"}
@@ -88,9 +84,10 @@ def run_and_interrupt(
 
 
 def test_interrupting_a_cell_gives_one_line_and_the_kernels_own_interrupt_works_after_it(
-    small: str, kernel: tuple[KernelManager, BlockingKernelClient]
+    flags: list[str], kernel: tuple[KernelManager, BlockingKernelClient]
 ):
-    training = f"{small}\nprint(dcgan_mnist.main(['--epochs', '100000', '--batch-size', '10']))"
+    options = ["--epochs", "100000", "--batch-size", "10", *flags]
+    training = f"import dcgan_mnist\nprint(dcgan_mnist.main({options}))"
     printed, errors = run_and_interrupt(kernel, training, when="Epoch 3/")
     assert errors == []
     assert printed["stdout"].endswith("130\n")

@@ -8,6 +8,7 @@ import torch
 from helpers import (
     GRID_SIZE,
     RUN_FILES,
+    SMALL,
     THREE_STEPS,
     contents,
     digits_in,
@@ -23,16 +24,21 @@ import dcgan_mnist
 from dcgan_mnist import (
     FIXED_NOISE,
     SAMPLES,
-    RunFolder,
+    SCORES,
+    STATS,
+    animation,
     curves,
     draw,
     grid,
+    load_weights,
     make_noise,
     nearest,
+    png,
     stacked,
     stages,
 )
 
+NAN = float("nan")  # not scored
 STAGE_SIZE = (GRID_SIZE[0], GRID_SIZE[1] + 32)  # a grid and its caption
 
 
@@ -41,15 +47,20 @@ def flat(level: int, count: int = SAMPLES) -> torch.Tensor:
     return torch.full((count, 28, 28), level, dtype=torch.uint8)
 
 
-def flat_epochs(count: int) -> torch.Tensor:
-    """Return the samples of epochs, each of the grey level of its number."""
-    return torch.stack([flat(epoch) for epoch in range(1, count + 1)])
-
-
 def figures(*values: float, repeat: int = 1) -> dict[str, torch.Tensor]:
-    """Return a history in which every figure takes these values over and over."""
-    column = torch.tensor(values).repeat(repeat)
-    return dict.fromkeys((*dcgan_mnist.STATS, *dcgan_mnist.SCORES), column)
+    """Return the STATS of steps, each of which takes these values over and over."""
+    return dict.fromkeys(STATS, torch.tensor(values).repeat(repeat))
+
+
+def distances(*values: float) -> dict[str, torch.Tensor]:
+    """Return the SCORES of epochs with these FDs."""
+    return dict.fromkeys(SCORES, torch.tensor(values))
+
+
+def panels(picture: Image.Image) -> int:
+    """Return how many panels a picture of curves has: frames with long black lines."""
+    black = (np.asarray(picture.convert("L")) < 64).sum(axis=1) > picture.width / 2
+    return int((np.diff(black.astype(int)) > 0).sum()) // 2  # each has one above and one below
 
 
 # -------------------------------------- the pictures of a run -------------------------------------
@@ -86,23 +97,45 @@ def test_real_samples_are_the_first_digits_training_sees(run, monkeypatch: pytes
 
 
 def test_the_picture_of_every_epoch_is_drawn_from_the_same_noise(run):
-    z = make_noise(SAMPLES, 0, FIXED_NOISE)
+    z = make_noise(SAMPLES, 8, 0, FIXED_NOISE)
     for epochs in (1, 2):
         run(*THREE_STEPS, "--epochs", epochs, "--precision", "fp32", "--output-dir", epochs)
         gan = new_gan()
-        gan.restore(saved(str(epochs)))
+        load_weights(gan.parts(), saved(str(epochs)), Path("checkpoint.pt"))
         picture = f"{epochs}/generated_epoch_{epochs:03d}.png"
         assert torch.equal(digits_in(picture), draw(gan.average, z))
 
 
-def test_the_animation_shows_the_stages_of_the_timeline_again_and_again(tmp_path: Path):
-    RunFolder(tmp_path).write_pictures(flat_epochs(12), flat(255), figures(0.5, repeat=12))
-    with Image.open(tmp_path / "timeline.png") as timeline:
+def test_the_animation_shows_the_stages_of_the_timeline_again_and_again(run):
+    run("--batch-size", 60, "--epochs", 12)
+    with Image.open("result/timeline.png") as timeline:
         timeline_stages = np.split(np.asarray(timeline), 11)
-    with Image.open(tmp_path / "training.gif") as animation:
-        assert animation.info["loop"] == 0
-        frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(animation)]
+    with Image.open("result/training.gif") as shown:
+        assert shown.info["loop"] == 0
+        frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(shown)]
     np.testing.assert_array_equal(frames, timeline_stages)
+
+
+def test_the_timeline_of_a_run_shows_the_digits_of_its_epochs_and_the_real_ones(run):
+    run("--batch-size", 60, "--epochs", 2)
+    samples = [digits_in(f"result/generated_epoch_00{epoch}.png") for epoch in (1, 2)]
+    real = digits_in("result/real_samples.png")
+    assert not torch.equal(*samples)
+    pictures = stages(lambda epoch: samples[epoch - 1], 2, real)
+    written = contents("result")
+    assert written["timeline.png"] == png(stacked(pictures))
+    assert written["training.gif"] == animation(pictures)
+
+
+def test_the_curves_of_a_run_are_those_of_its_figures(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL, "--batch-size", "20", "--epochs", "2", "--data-dir", str(data_dir)]
+    assert dcgan_mnist.main([*flags, "--device", "cpu"]) == 0
+    checkpoint = saved()
+    expected = png(curves(checkpoint["stats"], checkpoint["scores"]))
+    assert contents("result")["loss_curve.png"] == expected
 
 
 # ------------------------------------------- the functions ----------------------------------------
@@ -112,12 +145,13 @@ def test_functions_that_draw_pictures_write_no_file(
     monkeypatch.chdir(tmp_path)
     pictures = [
         grid(flat(7), "a caption"),
-        *stages(flat_epochs(3), flat(255)),
+        *stages(flat, 3, flat(255)),
         stacked([grid(flat(7)), grid(flat(8))]),
-        curves(figures(0.5, repeat=3)),
+        curves(figures(0.5, repeat=3), distances(20.0)),
         nearest(flat(7), flat(8)),
     ]
     assert all(isinstance(picture, Image.Image) for picture in pictures)
+    assert all(isinstance(file, bytes) for file in (png(pictures[0]), animation(pictures[1:3])))
     assert not any(tmp_path.iterdir())
 
 
@@ -142,7 +176,7 @@ def test_grey_levels_are_never_stretched():
     between = {0, 64, 128}  # black is between the digits
     assert set(np.unique(grid(dull))) == between
     assert set(np.unique(nearest(dull, dull))) == between
-    for stage in stages(dull[None], dull):
+    for stage in stages(lambda _: dull, 1, dull):
         assert set(np.unique(np.asarray(stage)[32:])) == between
 
 
@@ -150,7 +184,7 @@ def test_grey_levels_are_never_stretched():
 def test_stages_are_at_most_ten_epochs_evenly_chosen_and_the_real_digits_last(
     epochs: int, shown: int
 ):
-    pictures = stages(flat_epochs(epochs), flat(255))
+    pictures = stages(flat, epochs, flat(255))
     assert {picture.size for picture in pictures} == {STAGE_SIZE}
     levels = [picture.getpixel((4, 36)) for picture in pictures]
     assert len(levels) == shown + 1
@@ -162,7 +196,7 @@ def test_stages_are_at_most_ten_epochs_evenly_chosen_and_the_real_digits_last(
 
 
 def test_stages_have_one_size_also_with_few_real_digits():
-    pictures = stages(flat_epochs(2), flat(255, 7))
+    pictures = stages(flat, 2, flat(255, 7))
     assert {picture.size for picture in pictures} == {STAGE_SIZE}
 
 
@@ -175,20 +209,38 @@ def test_stacked_pictures_are_one_below_the_other():
 
 def test_curves_show_every_step_of_a_short_run_and_means_of_a_long_one():
     def are_alike(repeat: int) -> bool:
-        level = curves(figures(0.5, 0.5, 0.5, repeat=repeat))
-        rising = curves(figures(0.25, 0.5, 0.75, repeat=repeat))
+        level = curves(figures(0.5, 0.5, 0.5, repeat=repeat), distances(20.0))
+        rising = curves(figures(0.25, 0.5, 0.75, repeat=repeat), distances(20.0))
         return level.tobytes() == rising.tobytes()
 
     assert not are_alike(133)  # 399 steps
     assert are_alike(400)  # 1,200 steps: means of three
 
 
+def test_curves_show_the_distance_of_every_epoch_of_a_run_of_any_length():
+    stats = figures(0.5, repeat=30 * 40)
+    fds = torch.linspace(300, 20, 30).tolist()
+    pictures = set()
+    for epoch in (None, 1, 2, 15, 29, 30):
+        changed = [2 * fd if number == epoch else fd for number, fd in enumerate(fds, 1)]
+        pictures.add(curves(stats, distances(*changed)).tobytes())
+    assert len(pictures) == 6
+
+
+@pytest.mark.parametrize(
+    ("fds", "expected"),
+    [((NAN, NAN), 2), ((20.0, 10.0), 3), ((NAN, 10.0), 3), ((20.0, NAN), 3), ((20.0,), 3)],
+)
+def test_curves_have_a_panel_for_the_distance_only_if_anything_is_scored(
+    fds: tuple[float, ...], expected: int
+):
+    assert panels(curves(figures(0.5, repeat=4), distances(*fds))) == expected
+
+
 @pytest.mark.parametrize("steps", [1, 401])
-@pytest.mark.parametrize(("value", "distance"), [(0.0, torch.nan), (1e-38, 1e-38), (3e38, 3e38)])
+@pytest.mark.parametrize(("value", "distance"), [(0.0, NAN), (1e-38, 1e-38), (3e38, 3e38)])
 def test_curves_can_be_drawn_whatever_the_figures_are(steps: int, value: float, distance: float):
-    history = figures(value, repeat=steps)
-    history["fd"] = torch.full((steps,), distance)
-    assert curves(history).size == (1000, 1000)
+    assert curves(figures(value, repeat=steps), distances(distance)).size == (1000, 1000)
 
 
 def test_the_nearest_digits_are_found_among_the_real_ones(tmp_path: Path):
@@ -206,10 +258,9 @@ def test_the_nearest_digits_are_found_among_the_real_ones(tmp_path: Path):
 
 
 # --------------------------------------------- drawing --------------------------------------------
-@pytest.mark.usefixtures("small_networks")
 def test_drawing_changes_nothing():
     gan = new_gan()
-    z = make_noise(SAMPLES, 0, FIXED_NOISE)
+    z = make_noise(SAMPLES, 8, 0, FIXED_NOISE)
     weights = {name: tensor.clone() for name, tensor in gan.average.state_dict().items()}
     random_state = torch.get_rng_state()
     digits = draw(gan.average, z)
@@ -219,14 +270,28 @@ def test_drawing_changes_nothing():
     assert torch.equal(draw(gan.average, z), digits)
 
 
-@pytest.mark.usefixtures("small_networks")
 def test_a_digit_does_not_depend_on_those_drawn_with_it():
     generator = new_gan().average
-    z = make_noise(501, 0, FIXED_NOISE)
+    z = make_noise(501, 8, 0, FIXED_NOISE)
     together = draw(generator, z)
     assert together.shape == (501, 28, 28)
     alone = draw(generator, z[500:])
     assert (together[500].int() - alone[0].int()).abs().max() <= 1
+
+
+def test_the_same_noise_gives_the_same_digits_also_with_random_layers():
+    generator = new_gan().generator
+    generator.layers.append(nn.Dropout(0.5))
+    generator.eval()
+    generator.layers[-1].train()
+    z = make_noise(150, 8, 0, FIXED_NOISE)
+    torch.manual_seed(1)
+    digits = draw(generator, z)
+    torch.manual_seed(2)
+    random_state = torch.get_rng_state()
+    assert torch.equal(draw(generator, z), digits)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not torch.equal(digits[:50], draw(generator, z[:50].flip(0)).flip(0))  # they are random
 
 
 class Watched(nn.Module):

@@ -12,7 +12,8 @@ SOURCE = (ROOT / "dcgan_mnist.py").read_text(encoding="utf-8")
 def tracked() -> list[str]:
     """Return the paths of the files that the repository keeps."""
     listing = ["git", "-C", str(ROOT), "ls-files"]
-    return subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
+    done = subprocess.run(listing, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.splitlines()
 
 
 def test_the_top_level_holds_what_a_user_expects():
@@ -38,7 +39,8 @@ def test_the_repository_keeps_an_example_run_and_ignores_the_users():
         "result/example/make_example.py",
     }
     ignored = ["git", "-C", str(ROOT), "check-ignore", "-q"]
-    assert subprocess.run([*ignored, "result/checkpoint.pt"], check=False).returncode == 0
+    done = subprocess.run([*ignored, "result/checkpoint.pt"], timeout=60, check=False)
+    assert done.returncode == 0
 
 
 def test_the_scripts_own_metadata_names_the_programs_requirements():

@@ -20,6 +20,8 @@ from helpers import (
     change_steps,
     contents,
     load_script,
+    new_gan,
+    saved,
     write_idx,
     write_split,
 )
@@ -34,7 +36,10 @@ from dcgan_mnist import (
     load_classifier,
     load_digits,
     moments,
+    read_idx,
     read_scorer,
+    score_line,
+    score_table,
     share_of_copies,
     signs_of_collapse,
     some,
@@ -46,6 +51,8 @@ SCORE_LINE = re.compile(
     re.MULTILINE,
 )
 CPU = torch.device("cpu")
+NAN = math.nan  # of an epoch that is not scored
+MNIST_DIGITS = ("--data-dir", ROOT / "MNIST", "--batch-size", 5000)  # two steps an epoch
 Judged = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -137,11 +144,17 @@ def classifier() -> Classifier:
     return load_classifier(read_scorer(), CPU)
 
 
+def bundled_labels(split: str) -> torch.Tensor:
+    """Return the labels (n,) of MNIST's digits."""
+    prefix = {"train": "train", "test": "t10k"}[split]
+    return read_idx(BUNDLED / "MNIST" / "raw" / f"{prefix}-labels-idx1-ubyte")
+
+
 @pytest.fixture(scope="session")
 def judged(classifier: Classifier) -> Judged:
     """What it makes of 10,000 digits of each split: features (n, 64), probabilities (n, 10)."""
     return {
-        split: classifier.judge(some(load_digits(BUNDLED, split)[0], 10_000))
+        split: classifier.judge(some(load_digits(BUNDLED, split), 10_000))
         for split in ("train", "test")
     }
 
@@ -153,7 +166,7 @@ def test_the_shipped_file_is_small_and_the_one_that_the_program_knows():
 
 
 def test_the_scorer_recognises_the_digits_that_it_has_not_seen(judged: Judged):
-    labels = some(load_digits(BUNDLED, "test")[1], 10_000)
+    labels = some(bundled_labels("test"), 10_000)
     accuracy = (judged["test"][1].argmax(dim=1) == labels).double().mean().item()
     assert accuracy >= 0.994
     assert accuracy == pytest.approx(read_scorer()["accuracy"], abs=3e-4)
@@ -199,7 +212,7 @@ def test_a_missing_digit_costs_many_times_the_floor(judged: Judged, seen: str):
 
 def test_the_distance_grows_with_noise(classifier: Classifier):
     scorer = Scorer(read_scorer(), "test", CPU)
-    digits = some(load_digits(BUNDLED, "test")[0], 2000)
+    digits = some(load_digits(BUNDLED, "test"), 2000)
     distances = [scorer.floors[2000]["fd"]]
     stream = torch.Generator().manual_seed(0)
     for level in (16, 32, 64):  # grey levels
@@ -220,7 +233,7 @@ def test_one_digit_alone_scores_badly(judged: Judged):
 
 def test_digits_blended_with_others_are_not_recognised_with_confidence():
     scorer = Scorer(read_scorer(), "test", CPU)
-    digits = some(load_digits(BUNDLED, "test")[0], 1000)
+    digits = some(load_digits(BUNDLED, "test"), 1000)
     blends = digits[:500] // 2 + digits[500:] // 2
     assert scorer(blends)["confident"] < 0.8
 
@@ -228,12 +241,12 @@ def test_digits_blended_with_others_are_not_recognised_with_confidence():
 def test_copies_of_what_training_saw_are_found_out_also_shifted(
     classifier: Classifier, judged: Judged
 ):
-    seen = some(load_digits(BUNDLED, "test")[0], 10_000)
+    seen = some(load_digits(BUNDLED, "test"), 10_000)
     shifted = classifier.judge(seen[:2000].roll(1, dims=2))[0]
     features = {split: judged[split][0] for split in judged}
     assert share_of_copies(features["test"][:2000], features["test"], features["train"]) == 1.0
     assert share_of_copies(shifted, features["test"], features["train"]) > 0.9
-    others = load_digits(BUNDLED, "train")[0][:4000]
+    others = load_digits(BUNDLED, "train")[:4000]
     new = classifier.judge(others)[0]
     known = torch.cdist(new, features["train"]).amin(dim=1) < 0.1  # among the 10,000
     share = share_of_copies(new[~known], features["test"], features["train"])
@@ -266,11 +279,11 @@ def test_a_digit_appears_from_two_in_a_hundred_on():
 def test_the_included_generator_draws_good_digits_and_is_small():
     assert dcgan_mnist.EXAMPLE.stat().st_size < 5_000_000
     checkpoint = dcgan_mnist.read_checkpoint(dcgan_mnist.EXAMPLE)
-    assert dcgan_mnist.SPLIT_OF_DIGITS[checkpoint["digits_sha256"]] == "train"
+    assert dcgan_mnist.SPLIT_OF_DIGITS[checkpoint["data"]["sha256"]] == "train"
     assert checkpoint["settings"].recipe == "tuned"
     generator = dcgan_mnist.load_generator()
     assert {parameter.dtype for parameter in generator.parameters()} == {torch.float32}
-    z = dcgan_mnist.make_noise(dcgan_mnist.SCORED, 0, dcgan_mnist.DRAWING)
+    z = dcgan_mnist.make_noise(2000, 100, 0, dcgan_mnist.DRAWING)
     scores = Scorer(read_scorer(), "train", CPU)(dcgan_mnist.draw(generator, z))
     assert scores["fd"] < 15  # real digits: 7.7
     assert scores["digits"] == 10
@@ -286,18 +299,14 @@ def test_loading_the_classifier_touches_no_random_state():
 
 # ----------------------------------------- making the scorer --------------------------------------
 @pytest.fixture
-def maker(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """MNIST/make_scorer.py, set to learn 300 digits once; the other split has 100."""
+def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """MNIST/make_scorer.py, beside data with 100 digits to learn and 60 others."""
     module = load_script(ROOT / "MNIST" / "make_scorer.py")
-    counts = {"train": 300, "test": 100}
-
-    def few(data_dir: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        digits, labels = load_digits(data_dir, split)
-        return digits[: counts[split]], labels[: counts[split]]
-
-    monkeypatch.setattr(module, "load_digits", few)
-    monkeypatch.setattr(module, "EPOCHS", 1)
-    monkeypatch.setattr(module, "SCORED", 50)
+    for split, prefix, count in (("train", "train", 100), ("test", "t10k", 60)):
+        raw = tmp_path / "few" / "MNIST" / "raw"
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", load_digits(BUNDLED, split)[:count])
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", bundled_labels(split)[:count])
+    monkeypatch.setattr(module, "BUNDLED", tmp_path / "few")
     return module
 
 
@@ -322,11 +331,12 @@ def test_the_maker_writes_what_the_program_reads(
     monkeypatch.setattr(dcgan_mnist, "SCORER_SHA256", checksum)
     shipped = torch.load(BUNDLED / "scorer.pt", weights_only=True)
     assert content.keys() == shipped.keys()
+    digits = {split: load_digits(maker.BUNDLED, split) for split in ("train", "test")}
     for seen in ("train", "test"):
         scorer = Scorer(read_scorer(), seen, CPU)
-        digits = {split: maker.load_digits(BUNDLED, split)[0] for split in ("train", "test")}
-        real = some(digits[seen], 50)
-        expected = scorer.floors[50]
+        assert scorer.floors.keys() == {2000, 10_000}
+        real = some(digits[seen], 2000)
+        expected = scorer.floors[2000]
         assert scorer.evaluate(real, digits[seen], digits[scorer.unseen]) == expected
 
 
@@ -335,8 +345,11 @@ def test_the_same_seed_makes_the_same_scorer_and_another_seed_another(
 ):
     weights = []
     for seed in (0, 0, 1):
+        torch.manual_seed(len(weights))
         content = make(maker, tmp_path / "scorer.pt", seed, monkeypatch)
         weights.append(content["classifier"]["head.weight"])
+        # the program may number its random numbers anew without changing the scorer
+        monkeypatch.setattr(dcgan_mnist, "stream_seed", lambda *_: 5)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -347,12 +360,8 @@ def lines_about_scores(out: str) -> list[str]:
     return [line for line in out.splitlines() if "cores" in line]
 
 
-def test_every_epoch_has_a_score_in_the_log_and_the_history_also_after_a_resume(
-    run, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(dcgan_mnist, "SCORED", 2000)
-    some = ("--data-dir", ROOT / "MNIST", "--batch-size", 5000)
-    out = run(*some, "--epochs", 2, "--output-dir", "whole").out
+def test_every_epoch_has_a_score_in_the_log_and_the_history_also_after_a_resume(run):
+    out = run(*MNIST_DIGITS, "--epochs", 2, "--output-dir", "whole").out
     [stated] = lines_about_scores(out)
     assert stated == "Scores compare with MNIST's train split, which this run does not see"
     logged = np.array(SCORE_LINE.findall(out), dtype=float)
@@ -364,8 +373,8 @@ def test_every_epoch_has_a_score_in_the_log_and_the_history_also_after_a_resume(
         assert table[name] == pytest.approx(logged[:, column].repeat(2), abs=0.051)
     assert set(contents("whole")) == RUN_FILES | {"generator_best.pt"}
 
-    run(*some, "--epochs", 1)
-    run(*some, "--resume", "--epochs", 2)
+    run(*MNIST_DIGITS, "--epochs", 1)
+    run(*MNIST_DIGITS, "--resume", "--epochs", 2)
     for name in ("history.csv", "loss_curve.png", "generator_best.pt"):
         assert contents("result")[name] == contents("whole")[name]
 
@@ -389,10 +398,9 @@ def test_other_data_goes_without_scores_and_says_so(run):
 
 
 def test_digits_cut_from_mnist_go_without_scores(run, data_dir: Path):
-    digits, labels = load_digits(BUNDLED, "test")
     raw = data_dir / "MNIST" / "raw"
-    write_idx(raw / "t10k-images-idx3-ubyte", digits[:9999])
-    write_idx(raw / "t10k-labels-idx1-ubyte", labels[:9999].byte())
+    write_idx(raw / "t10k-images-idx3-ubyte", load_digits(BUNDLED, "test")[:9999])
+    write_idx(raw / "t10k-labels-idx1-ubyte", bundled_labels("test")[:9999])
     assert "not those of MNIST" in without_scores(run, "--batch-size", 3333)
 
 
@@ -425,47 +433,95 @@ def test_without_the_shipped_scorer_nothing_is_scored_or_chosen(
     assert contents("result") == before
 
 
+# -------------------------------------------- a new score -----------------------------------------
+@pytest.fixture
+def new_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program have a score of its user's own, of which scorer.pt has no floor."""
+    original = Scorer.scores
+
+    def scores(
+        self: Scorer, features: torch.Tensor, probabilities: torch.Tensor
+    ) -> dict[str, float]:
+        return original(self, features, probabilities) | {"sevens": 0.125}
+
+    monkeypatch.setitem(dcgan_mnist.SCORES, "sevens", "sevens {:.3f}")
+    monkeypatch.setattr(Scorer, "scores", scores)
+
+
+@pytest.mark.usefixtures("new_score")
+def test_a_score_without_a_floor_is_logged_and_kept(run):
+    outcome = run(*MNIST_DIGITS, "--epochs", 1)
+    assert (outcome.code, outcome.err) == (0, "")
+    [line] = re.findall(r"^score: .*", outcome.out, re.MULTILINE)
+    assert re.fullmatch(r"score: FD \d+\.\d \(floor \d+\.\d\) - digits .* - sevens 0\.125", line)
+    table = np.genfromtxt("result/history.csv", delimiter=",", names=True)
+    assert table["sevens"].tolist() == [0.125, 0.125]
+    assert saved()["scores"]["sevens"].tolist() == [0.125]
+
+
+def test_a_run_from_before_a_score_was_added_goes_on_with_it(run, request: pytest.FixtureRequest):
+    run(*MNIST_DIGITS, "--epochs", 1)
+    request.getfixturevalue("new_score")
+    outcome = run("--resume", *MNIST_DIGITS, "--epochs", 2)
+    assert (outcome.code, outcome.err) == (0, "")
+    table = np.genfromtxt("result/history.csv", delimiter=",", names=True)
+    np.testing.assert_array_equal(table["sevens"], [NAN, NAN, 0.125, 0.125])
+    assert np.isfinite(table["fd"]).all()
+
+
+@pytest.mark.usefixtures("new_score")
+def test_scores_are_shown_with_those_floors_that_are_known():
+    scores = dict.fromkeys((*dcgan_mnist.SCORES, *DEPTH), 0.5)
+    floor = dict.fromkeys(scores.keys() - {"sevens"}, 0.9)
+    line = "score: FD 0.5{} - digits 0/10 - evenness 0.50 - confident 0.50 - sevens 0.500"
+    assert score_line(scores, floor) == line.format(" (floor 0.9)")
+    assert score_line(scores, {}) == line.format("")
+    rows = [row.split() for row in score_table(scores, floor, 2000, "test").splitlines()]
+    assert rows[1] == ["score", "real", "digits"]
+    shown = {name: values for name, *values in rows[2:-1]}
+    known = {name: ["0.5", "0.9"] for name in scores}
+    assert shown == known | {"sevens": ["0.5"], "copies": ["0.5"]}
+    rows = [row.split() for row in score_table(scores, {}, 300, "test").splitlines()]
+    assert rows[1] == ["score"]
+    assert {name: values for name, *values in rows[2:-1]} == {name: ["0.5"] for name in scores}
+
+
 # -------------------------------------------- warnings --------------------------------------------
-def figures(ds_loss: list[float], fd: float = 20.0, digits: float = 10) -> dict[str, torch.Tensor]:
-    """Return the figures of an epoch by their names, each (steps,)."""
-    count = len(ds_loss)
-    return {
-        "ds_loss": torch.tensor(ds_loss),
-        "fd": torch.full((count,), fd),
-        "digits": torch.full((count,), float(digits)),
-    }
+def epochs(fd: list[float], digits: list[float]) -> dict[str, torch.Tensor]:
+    """Return the scores of epochs."""
+    return {"fd": torch.tensor(fd), "digits": torch.tensor(digits)}
 
 
-NOTHING = {name: torch.empty(0) for name in ("ds_loss", "fd", "digits")}
-NONE = math.nan  # a run without scores
-UNSCORED_THEN_SCORED = {
-    name: torch.cat([figures([0.6], NONE, NONE)[name], figures([0.6])[name]]) for name in NOTHING
-}
+FIRST = epochs([], [])
+UNSCORED = epochs([NAN], [NAN])
+WELL = [0.6]  # losses
+WON = [0.049, 0.01]
 
 
 @pytest.mark.parametrize(
-    ("epoch", "before", "signs"),
+    ("ds_loss", "fd", "digits", "before", "signs"),
     [
-        (figures([0.6], 900, 1), NOTHING, []),
-        (figures([0.6], 900, 1), figures([0.6], 900, 3), []),
-        (figures([0.6], 300, 7), figures([0.6], 900, 9), []),
-        (figures([0.01, 0.6, 0.01]), figures([0.6]), []),
-        (figures([0.01, 0.051]), figures([0.6]), []),
-        (figures([0.6], 39.9), figures([0.6], 20), []),
-        (figures([0.6], NONE, NONE), figures([0.6], NONE, NONE), []),
-        (figures([0.6], 900, 1), figures([0.6], NONE, NONE), []),
-        (figures([0.6], 20, 1), UNSCORED_THEN_SCORED, ["digits fell from 10 to 1"]),
-        (figures([0.049, 0.01]), figures([0.6]), ["ds_loss stayed under 0.05"]),
+        (WELL, 900, 1, FIRST, []),
+        (WELL, 900, 1, epochs([900], [3]), []),
+        (WELL, 300, 7, epochs([900], [9]), []),
+        ([0.01, 0.6, 0.01], 20, 10, epochs([20], [10]), []),
+        ([0.01, 0.051], 20, 10, epochs([20], [10]), []),
+        (WELL, 39.9, 10, epochs([20], [10]), []),
+        (WELL, NAN, NAN, UNSCORED, []),
+        (WELL, NAN, NAN, epochs([20], [10]), []),
+        (WELL, 900, 1, UNSCORED, []),
+        (WELL, 20, 1, epochs([NAN, 20], [NAN, 10]), ["digits fell from 10 to 1"]),
+        (WELL, 20, 7, epochs([20, NAN], [10, NAN]), ["digits fell from 10 to 7"]),
+        (WON, 20, 10, epochs([20], [10]), ["ds_loss stayed under 0.05"]),
+        (WON, 20, 10, FIRST, ["ds_loss stayed under 0.05"]),
+        (WON, NAN, NAN, UNSCORED, ["ds_loss stayed under 0.05"]),
+        (WELL, 20, 7, epochs([20, 20], [10, 8]), ["digits fell from 10 to 7"]),
+        (WELL, 40.1, 10, epochs([20, 30], [10, 10]), ["FD is more than twice its best"]),
         (
-            figures([0.01], NONE, NONE),
-            figures([0.6], NONE, NONE),
-            ["ds_loss stayed under 0.05"],
-        ),
-        (figures([0.6], 20, 7), figures([0.6], 20, 10), ["digits fell from 10 to 7"]),
-        (figures([0.6], 40.1), figures([0.6], 20), ["FD is more than twice its best"]),
-        (
-            figures([0.01], 100, 1),
-            figures([0.6], 20, 9),
+            WON,
+            100,
+            1,
+            epochs([20], [9]),
             [
                 "ds_loss stayed under 0.05",
                 "digits fell from 9 to 1",
@@ -475,9 +531,14 @@ UNSCORED_THEN_SCORED = {
     ],
 )
 def test_each_sign_of_a_collapse_is_named_and_none_where_all_is_well(
-    epoch: dict[str, torch.Tensor], before: dict[str, torch.Tensor], signs: list[str]
+    ds_loss: list[float],
+    fd: float,
+    digits: float,
+    before: dict[str, torch.Tensor],
+    signs: list[str],
 ):
-    assert signs_of_collapse(epoch, before) == signs
+    scores = {"fd": fd, "digits": digits}
+    assert signs_of_collapse(torch.tensor(ds_loss), scores, before) == signs
 
 
 def test_a_run_warns_of_epochs_that_look_like_a_collapse_and_of_no_other(run, fake_scores):
@@ -493,20 +554,19 @@ def go_on(run: dcgan_mnist.Run, epochs: int, lr_g: float, lr_d: float) -> None:
     """Train a run for some more epochs with other learning rates, and score each."""
     run.gan.optimizer_g.param_groups[0]["lr"] = lr_g
     run.gan.optimizer_d.param_groups[0]["lr"] = lr_d
-    digits = load_digits(BUNDLED, "test")[0][:2000]
+    digits = load_digits(BUNDLED, "test")[:2000]
     step = functools.partial(dcgan_mnist.training_step, run.gan)
     scorer = Scorer(read_scorer(), "test", CPU)
     for stats in dcgan_mnist.train_epochs(run.gan, step, digits, run.gan.epoch + epochs, 1000):
-        run.end_epoch(stats, scorer)
+        dcgan_mnist.score(run, stats, scorer)
 
 
 def test_real_collapses_are_warned_of_and_the_healthy_run_before_them_is_not(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr(dcgan_mnist, "WIDTH", 8)
-    settings = dcgan_mnist.Settings(beta2=0.99, seed=1)
-    digits = load_digits(BUNDLED, "test")[0][:2000]
-    healthy = dcgan_mnist.Run(dcgan_mnist.DCGAN(settings, CPU), digits, epochs=6)
+    gan = new_gan(width=8, latent_dim=100, beta2=0.99, seed=1)
+    digits = load_digits(BUNDLED, "test")[:2000]
+    healthy = dcgan_mnist.Run(gan, digits, data_path=None, epochs=6)
     go_on(healthy, 3, lr_g=0.03, lr_d=0.03)
     assert "warning" not in capsys.readouterr().out
     diverging = copy.deepcopy(healthy)

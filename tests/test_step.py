@@ -11,9 +11,17 @@ from helpers import THREE_STEPS, MeanScorer, batch, new_gan, parameters, same, s
 from torch import nn
 
 import dcgan_mnist
-from dcgan_mnist import DRAWING, FIXED_NOISE, NORM_STATISTICS, draw, make_noise, training_step
-
-pytestmark = pytest.mark.usefixtures("small_networks")
+from dcgan_mnist import (
+    DRAWING,
+    FIXED_NOISE,
+    NORM_STATISTICS,
+    SAMPLES,
+    SCORED,
+    Run,
+    draw,
+    make_noise,
+    training_step,
+)
 
 
 # --------------------------------------- one training step ----------------------------------------
@@ -132,6 +140,36 @@ def seeds_of_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     assert seeds == [7]
     seeds.clear()
     return seeds
+
+
+def test_width_and_latent_dim_reach_both_networks():
+    gan = new_gan(width=3, latent_dim=5)
+    assert [p.shape for p in gan.generator.parameters()] == [
+        p.shape for p in dcgan_mnist.Generator(latent_dim=5, width=3).parameters()
+    ]
+    assert [p.shape for p in gan.discriminator.parameters()] == [
+        p.shape for p in dcgan_mnist.Discriminator(width=3).parameters()
+    ]
+
+
+class Moved(nn.Module):
+    """A network that keeps how it was moved."""
+
+    def to(self, **how: object) -> "Moved":
+        self.how = how
+        return self
+
+
+@pytest.mark.parametrize(
+    ("device", "layout"),
+    [("cpu", torch.channels_last), ("cuda", torch.channels_last), ("mps", None)],
+)
+def test_a_network_gets_the_fastest_layout_of_its_device_that_is_right(
+    device: str, layout: torch.memory_format | None
+):
+    how = dcgan_mnist.place(Moved(), torch.device(device)).how
+    assert how["device"] == torch.device(device)
+    assert how.get("memory_format") is layout  # on mps, channels_last would give wrong gradients
 
 
 def test_making_networks_touches_no_random_state_of_the_caller(seeds_of_gpus: list[int]):
@@ -348,7 +386,7 @@ def test_batchnorm_statistics_fit_the_averaged_weights():
     gan.fit_norm_statistics()
     first, norm = gan.average.layers[:2]
     with torch.no_grad():
-        values = first(make_noise(1000, gan.settings.seed, NORM_STATISTICS))
+        values = first(make_noise(1000, 8, gan.settings.seed, NORM_STATISTICS))
     torch.testing.assert_close(norm.running_mean, values.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-5)
     variance = values.var(dim=(0, 2, 3))
     torch.testing.assert_close(norm.running_var, variance, rtol=0.02, atol=1e-5)
@@ -358,7 +396,7 @@ def test_batchnorm_statistics_fit_the_averaged_weights():
 @pytest.mark.usefixtures("mean_scorer")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pictures_scores_and_generate_draw_with_the_averaged_weights(
-    run, monkeypatch: pytest.MonkeyPatch, precision: str
+    run, data_dir: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ):
     scored = []
 
@@ -368,13 +406,13 @@ def test_pictures_scores_and_generate_draw_with_the_averaged_weights(
 
     monkeypatch.setattr(MeanScorer, "__call__", score)
     run(*THREE_STEPS, "--epochs", 3, "--lr", 0.01, "--precision", precision)
-    checkpoint = saved()
     gan = new_gan()
-    gan.restore(checkpoint)
-    z = make_noise(dcgan_mnist.SCORED, 0, DRAWING)
+    trained = Run(gan, dcgan_mnist.load_digits(data_dir, "test"), None, epochs=3)
+    trained.restore(saved(), Path("result/checkpoint.pt"))
+    z = make_noise(SCORED, 8, 0, DRAWING)
     assert torch.equal(scored[-1], draw(gan.average, z, precision))
     assert not torch.equal(scored[-1], draw(gan.generator.eval(), z, precision))
-    z = make_noise(dcgan_mnist.SAMPLES, 0, FIXED_NOISE)
-    assert torch.equal(checkpoint["samples"][-1], draw(gan.average, z, precision))
+    z = make_noise(SAMPLES, 8, 0, FIXED_NOISE)
+    assert torch.equal(trained.samples(3), draw(gan.average, z, precision))
     run("--generate", 20)
     assert (np.load("result/generated.npy") == scored[-1][:20].numpy()).all()

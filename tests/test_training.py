@@ -22,9 +22,7 @@ from helpers import (
 from torch import nn
 
 import dcgan_mnist
-from dcgan_mnist import Failure, draw, train_epochs, training_step
-
-pytestmark = pytest.mark.usefixtures("small_networks")
+from dcgan_mnist import STATS, Failure, draw, train_epochs, training_step
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def test_every_digit_is_seen_once_an_epoch_in_a_new_order(
     sizes = []
 
     def spy(gan: dcgan_mnist.DCGAN, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        assert z.shape == (len(real), dcgan_mnist.LATENT_DIM, 1, 1)
+        assert z.shape == (len(real), 8, 1, 1)
         sizes.append(len(real))
         seen.extend(((real + 1) * 127.5).round().byte().squeeze(1))
         return training_step(gan, real, z)
@@ -85,8 +83,7 @@ def test_a_step_gets_noise_for_every_update_of_the_generator(
     gan = new_gan(batch_size=40, generator_steps=generator_steps)
     for _ in train_epochs(gan, step, digits, epochs=1, log_every=100):
         pass
-    rest = (dcgan_mnist.LATENT_DIM, 1, 1)
-    assert shapes == [(n, (generator_steps * n, *rest)) for n in (40, 20)]
+    assert shapes == [(n, (generator_steps * n, 8, 1, 1)) for n in (40, 20)]
 
 
 def test_the_average_spans_the_same_share_of_the_run_in_every_epoch(digits: torch.Tensor):
@@ -121,8 +118,57 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run):
 
 def test_true_out_moves_from_epoch_to_epoch(run):
     run(*THREE_STEPS, "--epochs", 3)
-    at_the_first_steps = saved()["history"]["true_out"][::3].tolist()
+    at_the_first_steps = saved()["stats"]["true_out"][::3].tolist()
     assert len(set(at_the_first_steps)) == 3
+
+
+# ------------------------------------ random numbers of layers ------------------------------------
+def numbers_of_layers(
+    digits: torch.Tensor, epochs: int, done: int = 0, seed: int = 0
+) -> list[list[float]]:
+    """Train; return the numbers that a layer such as dropout would take, a list for each epoch."""
+    gan = new_gan(batch_size=20, seed=seed)
+    gan.epoch = done
+    taken: list[float] = []
+
+    def step(real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        taken.append(torch.rand(1).item())
+        return torch.ones(5)
+
+    for _ in train_epochs(gan, step, digits, epochs, log_every=100):
+        pass
+    return [taken[i : i + 3] for i in range(0, len(taken), 3)]
+
+
+def test_layers_such_as_dropout_take_the_same_numbers_in_every_run_and_new_ones_in_every_epoch(
+    digits: torch.Tensor,
+):
+    torch.manual_seed(1)
+    numbers = numbers_of_layers(digits, epochs=3)
+    torch.manual_seed(2)
+    assert numbers_of_layers(digits, epochs=3) == numbers
+    assert numbers_of_layers(digits, epochs=3, done=1) == numbers[1:]  # as a resumed run
+    everywhere = numbers + numbers_of_layers(digits, epochs=3, seed=1)
+    assert len({number for epoch in everywhere for number in epoch}) == 18
+
+
+def test_training_leaves_the_callers_random_numbers_as_they_were(digits: torch.Tensor):
+    gan = new_gan(batch_size=20)
+    before = torch.get_rng_state()
+
+    def step(real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        torch.rand(1)
+        if gan.epoch == 2:
+            raise InterruptedError
+        return torch.ones(5)
+
+    loop = train_epochs(gan, step, digits, epochs=3, log_every=100)
+    for _ in range(2):
+        next(loop)
+        assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(InterruptedError):
+        next(loop)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # -------------------------------------------- the log ---------------------------------------------
@@ -153,7 +199,7 @@ def test_the_log_and_the_history_give_the_same_figures(run):
         if match:
             logged.append(list(match.groups()[2:]))
     rows = [line.split(",") for line in Path("result/history.csv").read_text().splitlines()]
-    assert rows[0] == ["epoch", "step", *dcgan_mnist.STATS, *dcgan_mnist.SCORES]
+    assert rows[0] == ["epoch", "step", *STATS, *dcgan_mnist.SCORES]
     assert [[f"{float(value):.3f}" for value in row[2:7]] for row in rows[1:]] == logged
     assert [row[:2] for row in rows[1:]] == [["1", "1"], ["1", "2"], ["1", "3"]]
 
@@ -178,7 +224,7 @@ def test_after_each_epoch_all_of_the_gan_is_up_to_date(digits: torch.Tensor):
         train_epochs(gan, partial(training_step, gan), digits, 3, 100), 1
     ):
         assert gan.epoch == epoch
-        assert stats.shape == (3, 5)
+        assert stats.shape == (3, len(STATS))
         assert stats.isfinite().all()
         now = state(gan)
         assert not same(now, before)
