@@ -20,11 +20,9 @@ from types import FrameType
 
 import numpy as np
 import pytest
-import small_program
 import torch
 from helpers import (
     DEPTH,
-    REAL_CURVES,
     ROOT,
     RUN_FILES,
     THREE_STEPS,
@@ -33,7 +31,6 @@ from helpers import (
     change_steps,
     contents,
     digits_in,
-    grey_curves,
     load_script,
     saved,
     size_of,
@@ -639,7 +636,7 @@ def test_generate_draws_in_the_precision_of_the_run_on_any_hardware(run, monkeyp
         digits.append(drawn())
     assert (digits[0] == digits[1]).all()
     generator = dcgan_mnist.load_generator("result")
-    z = dcgan_mnist.make_noise(50, 0, dcgan_mnist.DRAWING)
+    z = dcgan_mnist.make_noise(50, 8, 0, dcgan_mnist.DRAWING)
     assert (digits[0] != dcgan_mnist.draw(generator, z, "fp32").numpy()).any()
 
 
@@ -762,7 +759,7 @@ def included(run) -> Path:
 
 def drawn_by(generator: dcgan_mnist.Generator, count: int) -> np.ndarray:
     """Return the digits that --generate draws with a generator in fp32."""
-    z = dcgan_mnist.make_noise(count, 0, dcgan_mnist.DRAWING)
+    z = dcgan_mnist.make_noise(count, 100, 0, dcgan_mnist.DRAWING)
     return dcgan_mnist.draw(generator, z).numpy()
 
 
@@ -882,7 +879,7 @@ def test_a_run_on_other_digits_is_not_scored(run, data_dir: Path, best: list[str
 
 
 def test_evaluate_scores_real_digits_as_well_as_their_floor(run, tmp_path: Path):
-    digits = dcgan_mnist.some(dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0], 2000)
+    digits = dcgan_mnist.some(dcgan_mnist.load_digits(ROOT / "MNIST", "test"), 2000)
     np.save(tmp_path / "real.npy", digits.numpy())
     outcome = run("--evaluate", tmp_path / "real.npy", "--output-dir", "new/folder")
     assert (outcome.code, outcome.err) == (0, "")
@@ -898,7 +895,7 @@ def test_evaluate_scores_real_digits_as_well_as_their_floor(run, tmp_path: Path)
 
 @pytest.mark.usefixtures("mean_scorer")
 def test_another_number_of_digits_has_no_floor_beside_it(run):
-    digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test")[0][:777]
+    digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test")[:777]
     np.save("digits.npy", digits.numpy())
     outcome = run("--evaluate", "digits.npy", "--split", "train")
     assert score()["floor"] == {}
@@ -910,7 +907,7 @@ def test_another_number_of_digits_has_no_floor_beside_it(run):
 @pytest.mark.usefixtures("mean_scorer")
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_nearest_shows_digits_above_the_real_ones_nearest_to_them(run, split: str):
-    real = dcgan_mnist.load_digits(ROOT / "MNIST", split)[0]
+    real = dcgan_mnist.load_digits(ROOT / "MNIST", split)
     digits = real[20:40].clone()
     digits[:, :3] = 9
     np.save("digits.npy", digits.numpy())

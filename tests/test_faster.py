@@ -33,7 +33,6 @@ from torch import distributed, nn
 import dcgan_mnist
 from dcgan_mnist import (
     DCGAN,
-    Processes,
     Settings,
     SharedStep,
     Step,
@@ -42,8 +41,6 @@ from dcgan_mnist import (
     train_epochs,
     training_step,
 )
-
-pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 # ------------------------------------ convolutions as products ------------------------------------
@@ -110,7 +107,7 @@ def test_a_cpu_trains_with_products_and_a_gpu_does_not():
     step_of_a_gpu(gan)
     layers = [*gan.generator.layers, *gan.discriminator.layers]
     assert sum(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers) == 8
-    fastest_step(gan, Processes())
+    fastest_step(gan)
     layers = [*gan.generator.layers, *gan.discriminator.layers]
     assert sum(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers) == 4
 
@@ -167,7 +164,7 @@ def step_of_a_gpu(gan: DCGAN) -> Step:
     """Return the way in which a GPU takes training steps."""
     device = gan.device
     gan.device = torch.device("cuda")
-    step = fastest_step(gan, Processes())
+    step = fastest_step(gan)
     gan.device = device
     return step
 
@@ -243,7 +240,7 @@ def test_a_cuda_graph_gives_what_plain_steps_give():
     with torch.cuda.stream(torch.cuda.Stream()):
         for graphed in (False, True):
             gan = DCGAN(settings, torch.device("cuda"))
-            step = fastest_step(gan, Processes()) if graphed else partial(training_step, gan)
+            step = fastest_step(gan) if graphed else partial(training_step, gan)
             results.append(take_steps(gan, step))
     for plain, graphed in zip(*results, strict=True):
         torch.testing.assert_close(graphed, plain, rtol=1e-3, atol=1e-4)
