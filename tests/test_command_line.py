@@ -222,6 +222,8 @@ def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.M
 def test_what_an_earlier_job_left_in_the_environment_changes_nothing(
     run, monkeypatch: pytest.MonkeyPatch
 ):
+    connecting = AssertionError("it waits for processes that nobody has started")
+    monkeypatch.setattr(torch.distributed, "init_process_group", raising(connecting))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert run(*THREE_STEPS, "--epochs", 1, "--output-dir", "clean").code == 0
     torchrun(monkeypatch, rank=1)
@@ -424,6 +426,10 @@ def surroundings() -> dict[str, object]:
         "error handlers": (sys.stdout.errors, sys.stderr.errors),
         "signal handlers": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
         "deterministic": torch.backends.cudnn.deterministic,
+        "TF32": (
+            torch.backends.cudnn.conv.fp32_precision,
+            torch.backends.cuda.matmul.fp32_precision,
+        ),
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),
         "random numbers": torch.get_rng_state().tolist(),
