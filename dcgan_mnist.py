@@ -209,7 +209,12 @@ def flags_of_recipe(name: str) -> str:
 
 
 def setting(
-    default: object, help: str, *, low: Any = None, high: Any = None, choices: Sequence[str] = ()
+    default: object,
+    help: str,
+    *,
+    low: Any = None,
+    high: Any = math.inf,
+    choices: Sequence[str] = (),
 ) -> Any:
     """Return a field of Settings that has a flag with this help, and either a range or choices."""
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
@@ -256,7 +261,7 @@ class Settings:
         high=1024,
     )
     latent_dim: int = setting(
-        LATENT_DIM, "numbers of noise that make one digit", low=1, high=10_000
+        LATENT_DIM, "numbers of noise that make one digit", low=2, high=10_000
     )
     seed: int = setting(
         0, "random seed of the run, or of the noise from which to draw", low=0, high=2**32 - 1
@@ -432,10 +437,15 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
     All layers take these: for their first weights, or at every call, as dropout does.
     """
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
         if device.type != "cpu":
-            torch.get_device_module(device).manual_seed(seed)
+            accelerator = torch.get_device_module(device)
+            stack.callback(accelerator.set_rng_state, accelerator.get_rng_state())
+            accelerator.manual_seed(seed)
         yield
 
 
@@ -1752,8 +1762,9 @@ def checkpoint_to_resume(given: dict[str, object], folder: RunFolder) -> dict:
 def given_settings(options: Namespace) -> dict[str, object]:
     """Return the training flags that the command line gives, without any defaults."""
     names = {field.name for field in dataclasses.fields(Settings)} - {"dry_run"}
-    given = {name: value for name, value in vars(options).items() if name in names}
-    return {name: value for name, value in given.items() if value != "auto"}
+    if options.precision == "auto":
+        names.remove("precision")
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
@@ -2016,7 +2027,8 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         else:
             read = field.type if low is None else number_between(field.type, low, high)
             kind = {"type": read, "metavar": "N" if field.type is int else "X"}
-        group.add_argument(flag(field.name), help=f"{help} (default: {field.default})", **kind)
+        text = f"{help} (default: {field.default})".replace("%", "%%")  # argparse formats it
+        group.add_argument(flag(field.name), help=text, **kind)
 
 
 def add_run_flags(group: argparse._ArgumentGroup) -> None:

@@ -44,7 +44,7 @@ GOOD = {
     "--generator-steps": ["1", "2"],
     "--ema": ["0", "0.5"],
     "--width": ["1", "4"],
-    "--latent-dim": ["1", "8"],
+    "--latent-dim": ["2", "8"],
     "--seed": ["0", "4294967295"],
     "--split": ["test"],
     "--recipe": ["article", "tuned", "quick"],

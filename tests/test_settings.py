@@ -66,7 +66,7 @@ def test_a_flag_holds_against_a_recipe_and_against_a_default(run, recipe_first: 
     assert kept.ema == 0
 
 
-@pytest.mark.parametrize(("width", "latent_dim"), [(1, 1), (3, 11)])
+@pytest.mark.parametrize(("width", "latent_dim"), [(1, 2), (3, 11)])
 def test_networks_of_any_size_go_on_and_draw_without_naming_it_again(
     run, width: int, latent_dim: int
 ):
