@@ -178,7 +178,9 @@ def weights_init(m: nn.Module) -> None:
     else:
         return
     if m.weight is not None:
-        m.weight = nn.init.normal_(m.weight, mean, std=0.02)  # set, for a parametrization has it
+        m.weight = nn.init.normal_(
+            m.weight, mean, std=0.02
+        )  # to assign it reaches a parametrization too
     if m.bias is not None:
         nn.init.zeros_(m.bias)
 
@@ -506,7 +508,7 @@ class DCGAN:
     def fit_norm_statistics(self) -> None:
         """Give the averaged generator's BatchNorm layers the statistics of its own weights.
 
-        What other layers keep beside their weights is the generator's.
+        All other buffers, such as those of spectral_norm, are copied from the generator.
         """
         for buffer, source in zip(self.average.buffers(), self.generator.buffers(), strict=True):
             buffer.copy_(source)
@@ -759,7 +761,7 @@ def computing_on(device: torch.device) -> Iterator[None]:
 # On CPUs, a convolution without padding is faster as one product of two matrices: its weights and
 # the patches of the image that its kernel sees, a row for each. The transposed convolution is the
 # same backwards: the product gives patches, which are added up to an image. Selecting and adding by
-# index are each other's derivative. Both are done in fp32 at least: sums in bf16 would lose digits.
+# index are each other's derivative. Both are done in fp32 at least: sums in bf16 are not exact.
 def pixels_of_patches(layer: nn.Conv2d | nn.ConvTranspose2d, height: int, width: int) -> Tensor:
     """Return where the pixels of a layer's patches lie in an image, counted row by row.
 
@@ -808,7 +810,7 @@ class ProductConvTranspose2d(nn.ConvTranspose2d):
 
 
 def use_products(network: nn.Module) -> None:
-    """Let a network's convolutions compute as products, each that does exactly what one does.
+    """Let a network's convolutions compute as products, where a product gives the same result.
 
     A layer stays the object that it is, with its weights and hooks; only its class changes.
     """
@@ -842,10 +844,10 @@ class GraphedStep:
         networks = (self.gan.generator, self.gan.discriminator)
         tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
         before = [(tensor, tensor.clone()) for tensor in tensors + self.kept_by_optimizers()]
-        with torch.random.fork_rng([self.gan.device]), torch.no_grad():
+        with torch.random.fork_rng([self.gan.device]):
             for _ in range(3):
-                with torch.enable_grad():
-                    training_step(self.gan, real, z)
+                training_step(self.gan, real, z)
+        with torch.no_grad():
             for tensor in self.kept_by_optimizers():
                 tensor.zero_()  # where nothing was kept before, an optimiser starts from zero
             for tensor, value in before:
@@ -1234,7 +1236,7 @@ def signs_of_collapse(
     """List the signs of a collapse in the losses (steps,) and the scores of an epoch.
 
     ``before`` has the scores of all earlier epochs, each (epochs,); those that were not scored have
-    NaN. A score is bad only beside a better one.
+    NaN. Scores are compared with the best so far, not with a fixed limit.
     """
     signs = []
     if ds_loss.max() < 0.05:
@@ -1723,7 +1725,13 @@ def settle(
         chosen = {"precision": precision} | recipe | given  # the last one wins
         settings = Settings(**chosen, dry_run=options.dry_run)
         epochs = 2 if options.dry_run else options.epochs or EPOCHS
-    data_dir = options.data_dir or BUNDLED
+    data_path = options.data_dir and str(options.data_dir.absolute())
+    if checkpoint is not None and data_path is None:
+        data_path = checkpoint["data"]["path"]
+        if data_path is not None and not Path(data_path).exists():
+            gone = f"the run began with the digits in {data_path}, which is not there now"
+            raise WrongInput(f"argument --data-dir: {gone}; name their folder")
+    data_dir = options.data_dir or Path(data_path or BUNDLED)
     digits = load_digits(data_dir, settings.split)
     if checkpoint is not None and checkpoint["data"]["sha256"] != sha256_of(digits):
         others = f"{data_dir} holds other digits than those the run started with"
@@ -1735,7 +1743,6 @@ def settle(
     if settings.batch_size % processes or 0 < count % settings.batch_size < processes:
         shares = f"{processes} processes cannot share every batch; choose another size"
         raise WrongInput(f"argument --batch-size: {shares}")
-    data_path = str(data_dir.resolve()) if options.data_dir else None
     return settings, digits, data_path, epochs, checkpoint
 
 
@@ -2019,7 +2026,10 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     for field in dataclasses.fields(Settings):
         if not field.metadata:
             continue
-        help, low, high, choices = field.metadata.values()
+        help = field.metadata["help"]
+        low = field.metadata["low"]
+        high = field.metadata["high"]
+        choices = field.metadata["choices"]
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif choices:
@@ -2102,8 +2112,10 @@ def parse_options(argv: Sequence[str]) -> Namespace:
     from_file = isinstance(options.evaluate, Path)
     if drawing:
         used = {"seed", "split"} if from_file else {"seed"}
-        for name in sorted(given_settings(options).keys() - used):
-            parser.error(f"{flag(name)} is a training flag and cannot be combined with {modes[0]}")
+        extra = sorted(given_settings(options).keys() - used)
+        if extra:
+            shapes = f"{flag(extra[0])} is a training flag"
+            parser.error(f"{shapes} and cannot be combined with {modes[0]}")
     if options.digit is not None and not options.generate:
         parser.error("--digit requires --generate N")
     if options.best and (from_file or not drawing):

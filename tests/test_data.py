@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, contents, write_split
+from helpers import ROOT, SMALL, THREE_STEPS, contents, write_split
 from torchvision.datasets import MNIST
 
 import dcgan_mnist
@@ -303,3 +303,19 @@ def test_every_use_and_epoch_and_seed_has_random_numbers_of_its_own():
 def test_random_numbers_are_the_same_from_their_start():
     first = torch.randn(4, generator=random_stream(3, dcgan_mnist.NOISE, 7))
     assert torch.equal(first, torch.randn(4, generator=random_stream(3, dcgan_mnist.NOISE, 7)))
+
+
+def test_a_run_goes_on_with_the_folder_that_it_began_with_unless_that_is_gone(
+    run, data_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(*THREE_STEPS, "--epochs", 1).code == 0
+    resume = ["--resume", "--epochs", "2", "--device", "cpu"]
+    assert dcgan_mnist.main(resume) == 0
+    data_dir.rename(data_dir.with_name("elsewhere"))
+    capsys.readouterr()
+    assert dcgan_mnist.main(resume) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("dcgan_mnist.py: error: argument --data-dir: the run began with")
+    assert f"{data_dir}, which is not there now" in err
+    assert not data_dir.exists()
+    assert run("--resume", "--epochs", 3, "--data-dir", data_dir.with_name("elsewhere")).code == 0
