@@ -7,12 +7,13 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,12 +26,14 @@ from helpers import (
     DEPTH,
     ROOT,
     RUN_FILES,
+    SMALL,
     THREE_STEPS,
     MeanScorer,
     assert_same_run,
     change_steps,
     contents,
     digits_in,
+    grey_curves,
     load_script,
     saved,
     size_of,
@@ -41,6 +44,8 @@ from helpers import (
 
 import dcgan_mnist
 
+REAL_CURVES = dcgan_mnist.DRAWINGS["loss_curve.png"]  # which the fixture ``run`` replaces
+
 
 # ----------------------------------------- going on exactly ---------------------------------------
 @pytest.fixture(scope="module")
@@ -48,13 +53,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four epochs like those of the fixture ``run``, which nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     write_split(folder / "data", 60)
-    argv = [*THREE_STEPS, "--epochs", 4, "--device", "cpu"]
+    argv = [*SMALL, *THREE_STEPS, "--epochs", 4, "--device", "cpu"]
     argv += ["--data-dir", folder / "data", "--output-dir", folder / "result"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dcgan_mnist, "WIDTH", 4)
-        patch.setattr(dcgan_mnist, "LATENT_DIM", 8)
-        patch.setattr(dcgan_mnist, "curves", grey_curves)
-        patch.setattr(dcgan_mnist, "NORM_SAMPLES", 100)
+        patch.setitem(dcgan_mnist.DRAWINGS, "loss_curve.png", grey_curves)
         assert dcgan_mnist.main([str(option) for option in argv]) == 0
     return folder / "result"
 
@@ -68,7 +70,7 @@ def test_a_resumed_run_ends_bit_identical(run, whole: Path, stops: list[int]):
 
 
 def test_a_resumed_run_draws_the_same_curves(run, monkeypatch):
-    monkeypatch.setattr(dcgan_mnist, "curves", REAL_CURVES)
+    monkeypatch.setitem(dcgan_mnist.DRAWINGS, "loss_curve.png", REAL_CURVES)
     run(*THREE_STEPS, "--epochs", 2, "--output-dir", "whole")
     run(*THREE_STEPS, "--epochs", 1)
     assert run("--resume", "--epochs", 2).code == 0
@@ -92,7 +94,6 @@ def test_a_resumed_run_in_bf16_ends_bit_identical(run):
     assert_same_run("result", "whole")
 
 
-@pytest.mark.usefixtures("included")
 def test_where_a_run_ended_before_its_first_epoch_the_earlier_one_is_named(
     run, monkeypatch: pytest.MonkeyPatch
 ):
@@ -142,6 +143,8 @@ def test_a_recipe_is_kept_by_a_resumed_run(run):
         ("generator-steps", 1, 2),
         ("ema", 0.05, 0.5),
         ("seed", 0, 1),
+        ("width", 4, 128),
+        ("latent-dim", 8, 100),
         ("recipe", "article", "tuned"),
         ("split", "test", "train"),
         ("precision", "fp32", "bf16"),
@@ -156,6 +159,74 @@ def test_another_value_with_resume_is_refused_naming_both(
     assert outcome.is_one_line(2, f"error: argument --{name}: ", str(kept), str(given))
     assert contents(".") == before
     assert run("--resume", "--epochs", 2, f"--{name}", kept).code == 0
+
+
+def change_settings(change: Callable[[dict], object]) -> None:
+    """Change what the checkpoint keeps of the settings, as other versions of the program may."""
+    content = saved()
+    change(content["settings"])
+    torch.save(content, "result/checkpoint.pt")
+
+
+def test_a_setting_that_a_checkpoint_lacks_takes_its_default(run):
+    run(*THREE_STEPS, "--epochs", 2, "--output-dir", "whole")
+    run(*THREE_STEPS, "--epochs", 1)
+    for name in ("ema", "generator_steps", "recipe"):
+        change_settings(lambda settings, name=name: settings.pop(name))
+    assert run("--generate", 3).code == 0
+    Path("result/generated.png").unlink()
+    Path("result/generated.npy").unlink()
+    outcome = run("--resume", "--epochs", 2, "--ema", 0.5)
+    assert outcome.is_one_line(2, "error: argument --ema: ", "0.05", "0.5")
+    assert run("--resume", "--epochs", 2).code == 0
+    assert_same_run("result", "whole")
+
+
+@pytest.mark.parametrize(
+    "command", [["--resume"], ["--generate", 3], ["--interpolate"], ["--evaluate"]]
+)
+def test_a_setting_of_a_later_version_is_not_left_out_but_named(run, command: list):
+    run(*THREE_STEPS, "--epochs", 1)
+    change_settings(lambda settings: settings.update(curriculum=True))
+    before = contents(".")
+    outcome = run(*command)
+    assert outcome.is_one_line(
+        1, "error: ", "is from another version of this program", "curriculum"
+    )
+    assert contents(".") == before
+
+
+class Deeper(dcgan_mnist.Generator):
+    """A generator with a layer more, as someone may try."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.layers.append(torch.nn.Conv2d(1, 1, kernel_size=1))
+
+
+class Wider(dcgan_mnist.Generator):
+    """A generator with the same layers, but other sizes."""
+
+    def __init__(self, latent_dim: int, width: int) -> None:
+        super().__init__(latent_dim, width + 1)
+
+
+@pytest.mark.parametrize("network", [Deeper, Wider])
+@pytest.mark.parametrize(
+    "command", [["--resume"], ["--generate", 3], ["--interpolate"], ["--evaluate"]]
+)
+@pytest.mark.usefixtures("known_digits")
+def test_a_file_of_other_networks_is_not_called_damaged(
+    run, monkeypatch, command: list, network: type
+):
+    run(*THREE_STEPS, "--epochs", 1)
+    before = contents(".")
+    monkeypatch.setattr(dcgan_mnist, "Generator", network)
+    outcome = run(*command)
+    path = Path("result/checkpoint.pt")
+    assert outcome.is_one_line(1, f"error: {path} holds other networks than dcgan_mnist.py")
+    assert "damaged" not in outcome.err
+    assert contents(".") == before
 
 
 @pytest.mark.parametrize("begun", ["fp32", "bf16"])
@@ -265,7 +336,8 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on_exactly(
     command = (*THREE_STEPS, "--epochs", 4)
     with monkeypatch.context() as patch:
         taken = stop_at(patch, step, signum)
-        outcome = run(*command)
+        with dcgan_mnist.own_process():
+            outcome = run(*command)
     epoch = (step - 1) // 3
     says = f"stopped: epoch {epoch} is saved; to continue, run the same command with --resume"
     assert outcome.is_one_line(128 + signum, says)
@@ -335,6 +407,47 @@ def test_ctrl_c_while_drawing_speaks_of_no_training_and_writes_nothing(
 
 
 # ---------------------------------------- real processes ------------------------------------------
+PATIENCE = 120  # seconds after which a process that has not ended is killed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signals")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_with_a_way_to_go_on(
+    run, data_dir: Path, tmp_path: Path, signum: int
+):
+    command = [sys.executable, ROOT / "dcgan_mnist.py", *SMALL, "--epochs", "100000"]
+    command += ["--batch-size", "1", "--log-every", "1"]
+    command += ["--device", "cpu", "--data-dir", data_dir, "--output-dir", "x"]
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ) as process,
+    ):
+        limit = threading.Timer(PATIENCE, process.kill)
+        limit.start()
+        for line in process.stdout:
+            if line.startswith("Epoch 2/"):
+                break
+        process.send_signal(signum)
+        process.stdout.read()
+        code = process.wait()
+        limit.cancel()
+    assert code == 128 + signum
+    epoch = saved("x")["epoch"]
+    assert epoch >= 1
+    assert (tmp_path / "said").read_text() == (
+        f"dcgan_mnist.py: stopped: epoch {epoch} is saved; "
+        "to continue, run the same command with --resume\n"
+    )
+    outcome = run("--resume", "--epochs", epoch + 1, "--output-dir", "x")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
 @pytest.fixture(scope="module")
 def forks() -> BaseContext:
     """Processes forked from one that has imported the program, which takes seconds."""
@@ -343,7 +456,8 @@ def forks() -> BaseContext:
     from multiprocessing.forkserver import ensure_running
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["small_program", "helpers"])
+    # the last one is what torch's optimisers import when the first one is made, which takes as long
+    context.set_forkserver_preload(["dcgan_mnist", "helpers", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         # without it the server finds no modules to preload, and says nothing
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
@@ -352,51 +466,27 @@ def forks() -> BaseContext:
     return context
 
 
-def run_into_pipes(argv: list[str], out: Connection, err: Connection) -> None:
-    """Run a command line that prints into pipes; end the process."""
-    dcgan_mnist.curves = grey_curves
-    with (
-        open(out.fileno(), "w", closefd=False) as printed,
-        open(err.fileno(), "w", closefd=False) as said,
-        redirect_stdout(printed),
-        redirect_stderr(said),
-    ):
-        code = small_program.main(argv)
-    sys.exit(code)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_process_with_a_way_to_go_on(
-    run, forks: BaseContext, data_dir: Path, signum: int
-):
-    argv = ["--epochs", "100000", "--batch-size", "1", "--log-every", "1"]
-    argv += ["--device", "cpu", "--data-dir", str(data_dir), "--output-dir", str(Path.cwd() / "x")]
-    out, child_out = forks.Pipe(duplex=False)
-    err, child_err = forks.Pipe(duplex=False)
-    process = forks.Process(target=run_into_pipes, args=(argv, child_out, child_err))
+def exit_code(process: BaseProcess) -> int:
+    """Start a process and wait for its end."""
     process.start()
-    child_out.close()
-    child_err.close()
+    process.join(PATIENCE)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail("a process does not end")
+    return process.exitcode
+
+
+def run_silently(folder: Path, argv: list[str]) -> None:
+    """Run a command line in a folder as the script does, but print to a file there."""
+    os.chdir(folder)
     with (
-        open(out.fileno(), closefd=False) as printed,
-        open(err.fileno(), closefd=False) as said,
+        Path("printed.txt").open("a") as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+        dcgan_mnist.own_process(),
     ):
-        for line in printed:
-            if line.startswith("Epoch 2/"):
-                break
-        os.kill(process.pid, signum)
-        printed.read()
-        last_line = said.read()
-    process.join()
-    assert process.exitcode == 128 + signum
-    epoch = saved("x")["epoch"]
-    assert epoch >= 1
-    assert last_line == (
-        f"dcgan_mnist.py: stopped: epoch {epoch} is saved; "
-        "to continue, run the same command with --resume\n"
-    )
-    outcome = run("--resume", "--epochs", epoch + 1, "--output-dir", "x")
-    assert (outcome.code, outcome.err) == (0, "")
+        code = dcgan_mnist.main(argv)
+    sys.exit(code)
 
 
 def stop_twice(folder: Path, argv: list[str], first: int, second: int) -> None:
@@ -409,7 +499,7 @@ def stop_twice(folder: Path, argv: list[str], first: int, second: int) -> None:
             signal.raise_signal(second)
 
     dcgan_mnist.training_step = step
-    small_program.run_silently(folder, argv)
+    run_silently(folder, argv)
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
@@ -417,11 +507,9 @@ def stop_twice(folder: Path, argv: list[str], first: int, second: int) -> None:
 def test_a_second_signal_ends_the_process_at_once(
     forks: BaseContext, data_dir: Path, tmp_path: Path, first: int, second: int
 ):
-    argv = ["--device", "cpu", "--data-dir", str(data_dir)]
+    argv = [*SMALL, "--device", "cpu", "--data-dir", str(data_dir)]
     process = forks.Process(target=stop_twice, args=(tmp_path, argv, first, second))
-    process.start()
-    process.join()
-    assert process.exitcode == -second
+    assert exit_code(process) == -second
 
 
 KILLS = 20
@@ -444,12 +532,11 @@ def run_and_die(folder: Path, argv: list[str], line: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
-    dcgan_mnist.curves = grey_curves
+    dcgan_mnist.DRAWINGS["loss_curve.png"] = grey_curves
     dcgan_mnist.find_scorer = lambda *_: MeanScorer({}, "test", torch.device("cpu"))
-    dcgan_mnist.SCORED = 100
     sys.settrace(trace)
     try:
-        small_program.run_silently(folder, argv)
+        run_silently(folder, argv)
     finally:
         sys.settrace(None)
         (folder / "lines").write_text(str(count))
@@ -466,17 +553,17 @@ def run_of(folder: Path) -> Path:
 def test_20_kills_at_random_moments_lose_nothing(
     forks: BaseContext, data_dir: Path, tmp_path: Path
 ):
-    argv = ["--batch-size", "20", "--epochs", "3", "--device", "cpu", "--data-dir", str(data_dir)]
+    options = ["--epochs", "3", "--device", "cpu", "--data-dir", str(data_dir)]
 
-    def run(folder: Path, line: int = 0) -> BaseProcess:
+    def run(folder: Path, line: int = 0) -> int:
         folder.mkdir(exist_ok=True)
-        resume = ["--resume"] if (folder / "result" / "checkpoint.pt").exists() else []
-        process = forks.Process(target=run_and_die, args=(folder, argv + resume, line))
-        process.start()
-        process.join()
-        return process
+        for path in folder.glob("result/.*.tmp"):  # half written by a command that was killed
+            os.utime(path, (0, 0))  # long ago, so that the next one removes it
+        begun = (folder / "result" / "checkpoint.pt").exists()
+        argv = ["--resume"] if begun else [*SMALL, "--batch-size", "20"]
+        return exit_code(forks.Process(target=run_and_die, args=(folder, argv + options, line)))
 
-    assert run(tmp_path / "whole").exitcode == 0
+    assert run(tmp_path / "whole") == 0
     whole = tmp_path / "whole" / "result"
     lines = int((tmp_path / "whole" / "lines").read_text())
     chance = random.Random(0)
@@ -484,16 +571,16 @@ def test_20_kills_at_random_moments_lose_nothing(
     runs = 0
     while kills < KILLS:
         folder = tmp_path / f"run {runs}"
-        process = run(folder, chance.randrange(1, lines))
-        if process.exitcode == 0:
+        code = run(folder, chance.randrange(1, lines))
+        if code == 0:
             assert_same_run(run_of(folder), whole)
             runs += 1
         else:
-            assert process.exitcode == -signal.SIGKILL
+            assert code == -signal.SIGKILL
             kills += 1
     assert runs > 0
     folder = tmp_path / f"run {runs}"
-    assert run(folder).exitcode == 0
+    assert run(folder) == 0
     assert_same_run(run_of(folder), whole)
 
 
@@ -577,6 +664,13 @@ def drawn(folder: str = "result") -> np.ndarray:
     return np.load(Path(folder, "generated.npy"))
 
 
+def drawn_by(generator: dcgan_mnist.Generator, count: int) -> np.ndarray:
+    """Return the digits that --generate draws with a generator in fp32."""
+    latent_dim = generator.layers[0].in_channels
+    z = dcgan_mnist.make_noise(count, latent_dim, 0, dcgan_mnist.DRAWING)
+    return dcgan_mnist.draw(generator, z).numpy()
+
+
 def test_generate_draws_digits_without_training(run):
     run(*THREE_STEPS, "--epochs", 1)
     before = contents(".")
@@ -625,6 +719,19 @@ def test_generate_draws_what_was_scored_last(run, monkeypatch):
     run("--generate", 20)
     assert (drawn() == scored[-1][:20].numpy()).all()
     assert (drawn() != scored[0][:20].numpy()).any()
+
+
+@pytest.mark.parametrize(("width", "latent_dim"), [(3, 5), (5, 3)])
+def test_a_generator_of_any_size_draws_in_python_what_the_command_draws(
+    run, width: int, latent_dim: int
+):
+    size = ("--width", width, "--latent-dim", latent_dim)
+    run(*THREE_STEPS, "--epochs", 1, "--lr", 0.02, "--precision", "fp32", *size)
+    run("--generate", 20)
+    generator = dcgan_mnist.load_generator("result")
+    assert generator.layers[0].in_channels == latent_dim
+    assert generator.layers[-2].in_channels == width
+    assert (drawn() == drawn_by(generator, 20)).all()
 
 
 def test_generate_draws_in_the_precision_of_the_run_on_any_hardware(run, monkeypatch):
@@ -737,8 +844,9 @@ def test_walks_go_along_the_sphere_in_equal_steps():
     ("best", "name"), [([], "checkpoint.pt"), (["--best"], "generator_best.pt")]
 )
 def test_drawing_needs_a_trained_generator_and_leaves_nothing_without(
-    run, command: list, best: list[str], name: str
+    run, tmp_path: Path, monkeypatch, command: list, best: list[str], name: str
 ):
+    monkeypatch.setattr(dcgan_mnist, "EXAMPLE", tmp_path / "the program came without it.pt")
     path = Path("result", name)
     assert run(*command, *best).is_one_line(1, f"error: there is no {path}", "train first")
     assert not any(Path().iterdir())
@@ -746,21 +854,18 @@ def test_drawing_needs_a_trained_generator_and_leaves_nothing_without(
 
 # -------------------------------------- the included generator ------------------------------------
 @pytest.fixture
-def included(run) -> Path:
-    """A small trained generator in the place of the one that comes with the program."""
+def small_example(run, tmp_path: Path, monkeypatch) -> Path:
+    """A small trained generator in the place of the one that comes with the program.
+
+    That one takes half a minute to draw the digits of a score.
+    """
     maker = load_script(ROOT / "result" / "example" / "make_example.py")
-    run(*THREE_STEPS, "--epochs", 2, "--lr", 0.02, "--precision", "bf16", "--output-dir", "trained")
-    dcgan_mnist.EXAMPLE.parent.mkdir()
-    checkpoint = dcgan_mnist.read_checkpoint(Path("trained/checkpoint.pt"))
-    torch.save(maker.rounded(checkpoint), dcgan_mnist.EXAMPLE)
-    shutil.move("trained", dcgan_mnist.EXAMPLE.parent)
-    return dcgan_mnist.EXAMPLE
-
-
-def drawn_by(generator: dcgan_mnist.Generator, count: int) -> np.ndarray:
-    """Return the digits that --generate draws with a generator in fp32."""
-    z = dcgan_mnist.make_noise(count, 100, 0, dcgan_mnist.DRAWING)
-    return dcgan_mnist.draw(generator, z).numpy()
+    folder = tmp_path / "trained"
+    run(*THREE_STEPS, "--epochs", 2, "--lr", 0.02, "--precision", "bf16", "--output-dir", folder)
+    path = folder / "generator.pt"
+    torch.save(maker.rounded(dcgan_mnist.read_checkpoint(folder / "checkpoint.pt")), path)
+    monkeypatch.setattr(dcgan_mnist, "EXAMPLE", path)
+    return path
 
 
 @pytest.mark.usefixtures("mean_scorer")
@@ -774,31 +879,36 @@ def drawn_by(generator: dcgan_mnist.Generator, count: int) -> np.ndarray:
     ],
 )
 def test_without_a_run_the_included_generator_draws_and_one_line_says_so(
-    run, included: Path, command: list, names: list[str], best: list[str]
+    run, small_example: Path, command: list, names: list[str], best: list[str]
 ):
     outcome = run(*command, *best)
     assert (outcome.code, outcome.err) == (0, "")
-    line = f"result holds no run: using the included generator, {included}"
+    line = f"result holds no run: using the included generator, {small_example}"
     assert outcome.out.splitlines().count(line) == 1
     assert list(contents(".")) == [f"result/{name}" for name in names]
 
 
-def test_the_included_generator_is_that_of_its_run_with_rounded_weights(included: Path):
-    run = dcgan_mnist.load_generator(included.parent / "trained").state_dict()
+def test_an_included_generator_is_that_of_its_run_with_rounded_weights(small_example: Path):
+    content = dcgan_mnist.read_checkpoint(small_example)
+    whole = saved(small_example.parent)
+    run = dcgan_mnist.load_generator(small_example.parent).state_dict()
     loaded = dcgan_mnist.load_generator().state_dict()
-    for name, weight in dcgan_mnist.read_checkpoint(included)["average"].items():
+    for name, weight in content["average"].items():
         assert weight.dtype in (torch.float16, torch.int64)
         assert loaded[name].dtype == run[name].dtype
         assert torch.equal(loaded[name], run[name].to(weight.dtype).to(run[name].dtype))
-    assert dcgan_mnist.read_checkpoint(included)["settings"].precision == "fp32"
+    assert content["settings"].precision == "fp32"
+    for name in ("epoch", "data", "made_with"):
+        assert content[name] == whole[name]
 
 
-def test_the_included_generator_draws_the_same_digits_as_in_python(run, included: Path):
-    run("--generate", 20)
+def test_the_included_generator_draws_the_same_digits_as_in_python(run):
+    outcome = run("--generate", 20)
+    assert str(ROOT / "result" / "example" / "generator.pt") in outcome.out
     assert (drawn() == drawn_by(dcgan_mnist.load_generator(), 20)).all()
 
 
-def test_a_run_in_the_output_folder_comes_before_the_included_generator(run, included: Path):
+def test_a_run_in_the_output_folder_comes_before_the_included_generator(run):
     run(*THREE_STEPS, "--epochs", 1, "--precision", "fp32")
     outcome = run("--generate", 20)
     assert "included" not in outcome.out
@@ -808,7 +918,7 @@ def test_a_run_in_the_output_folder_comes_before_the_included_generator(run, inc
 
 
 @pytest.mark.parametrize("folder", ["named", "result"])
-def test_a_named_folder_without_a_run_stays_an_error(run, included: Path, folder: str):
+def test_a_named_folder_without_a_run_stays_an_error(run, folder: str):
     Path("named").mkdir()
     path = Path(folder, "checkpoint.pt")
     for command in (["--generate", 3], ["--interpolate"], ["--evaluate"]):

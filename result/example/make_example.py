@@ -35,7 +35,7 @@ def rounded(checkpoint: dict) -> dict:
     }
     # any machine draws in fp32, few are fast in the bf16 of training
     settings = dataclasses.replace(checkpoint["settings"], precision="fp32")
-    origin = ("format", "epoch", "digits_sha256", "made_with")
+    origin = ("format", "epoch", "data", "made_with")
     kept = {name: checkpoint[name] for name in origin}
     return {**kept, "settings": dataclasses.asdict(settings), "average": weights}
 
@@ -51,18 +51,19 @@ def main() -> None:
     article = dcgan_mnist.load_generator(options.article)
     tuned = dcgan_mnist.load_generator(options.tuned)
     exact = dcgan_mnist.load_generator(options.long)
-    for name in (dcgan_mnist.TIMELINE, dcgan_mnist.ANIMATION, dcgan_mnist.CURVES):
+    for name in ("timeline.png", "training.gif", "loss_curve.png"):
         shutil.copy(options.article / name, HERE)
     torch.save(rounded(checkpoint), dcgan_mnist.EXAMPLE)
     included = dcgan_mnist.load_generator()
 
-    split = dcgan_mnist.SPLIT_OF_DIGITS[checkpoint["digits_sha256"]]
+    split = dcgan_mnist.SPLIT_OF_DIGITS[checkpoint["data"]["sha256"]]
+    latent_dim = checkpoint["settings"].latent_dim
     scorer = dcgan_mnist.Scorer(dcgan_mnist.read_scorer(), split, torch.device("cpu"))
-    z = dcgan_mnist.make_noise(EVALUATED, 0, DRAWING)
+    z = dcgan_mnist.make_noise(EVALUATED, latent_dim, 0, DRAWING)
     print(f"before the rounding: {scorer(dcgan_mnist.draw(exact, z))}")
     print(f"after it: {scorer(dcgan_mnist.draw(included, z))}")
 
-    z = dcgan_mnist.make_noise(SAMPLES, 0, FIXED_NOISE)
+    z = dcgan_mnist.make_noise(SAMPLES, latent_dim, 0, FIXED_NOISE)
     shown = {"--recipe article": article, "--recipe tuned": tuned, "included": included}
     grids = [dcgan_mnist.grid(dcgan_mnist.draw(g, z), caption) for caption, g in shown.items()]
     apart = [ImageOps.expand(grid, (12, 0), fill=80) for grid in grids]
