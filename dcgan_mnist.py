@@ -1725,7 +1725,7 @@ def settle(
         chosen = {"precision": precision} | recipe | given  # the last one wins
         settings = Settings(**chosen, dry_run=options.dry_run)
         epochs = 2 if options.dry_run else options.epochs or EPOCHS
-    data_path = options.data_dir and str(options.data_dir.absolute())
+    data_path = options.data_dir and os.path.abspath(options.data_dir)
     if checkpoint is not None and data_path is None:
         data_path = checkpoint["data"]["path"]
         if data_path is not None and not Path(data_path).exists():

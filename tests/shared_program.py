@@ -1,11 +1,11 @@
-"""The small program for torchrun; each process keeps what it trains on and what it ends with."""
+"""The program for torchrun; each process keeps what it trains on and what it ends with."""
 
 import os
 import sys
 from pathlib import Path
 
-import small_program
 import torch
+from helpers import grey_curves
 
 import dcgan_mnist
 
@@ -25,7 +25,9 @@ def main(rank: str, argv: list[str]) -> int:
         return stats
 
     dcgan_mnist.training_step = step
-    code = small_program.main(argv)
+    dcgan_mnist.DRAWINGS["loss_curve.png"] = grey_curves
+    with dcgan_mnist.own_process():
+        code = dcgan_mnist.main(argv)
     torch.save(seen, f"seen_{rank}.pt")
     return code
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,17 +18,19 @@ import torch
 from helpers import (
     ROOT,
     RUN_FILES,
+    SMALL,
     THREE_STEPS,
+    assert_same_run,
     batch,
     change_steps,
     contents,
     new_gan,
-    parameters,
     same,
     saved,
     write_split,
 )
 from torch import distributed, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import dcgan_mnist
 from dcgan_mnist import (
@@ -42,6 +44,8 @@ from dcgan_mnist import (
     training_step,
 )
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
 
 # ------------------------------------ convolutions as products ------------------------------------
 INPUTS = {dcgan_mnist.Generator: (100, 1, 1), dcgan_mnist.Discriminator: (1, 28, 28)}
@@ -50,25 +54,30 @@ INPUTS = {dcgan_mnist.Generator: (100, 1, 1), dcgan_mnist.Discriminator: (1, 28,
 def gradients(network: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
     """Return what a network makes of its inputs, and the gradients of both of them and weights."""
     inputs = inputs.clone().requires_grad_()
-    outputs = network.layers(inputs)
+    outputs = network(inputs)
     outputs.square().sum().backward()
     return [outputs, inputs.grad, *(parameter.grad for parameter in network.parameters())]
 
 
 def plain_and_products(kind: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
-    """Return two networks with the same weights, the second one with products."""
-    with dcgan_mnist.seeded(0):
-        plain = kind(width=4).apply(dcgan_mnist.weights_init)
+    """Return the layers of two networks with the same weights, the second ones with products."""
+    with dcgan_mnist.seeded(0, torch.device("cpu")):
+        plain = kind(width=4).apply(dcgan_mnist.weights_init).layers
     plain.to(memory_format=torch.channels_last)
     products = copy.deepcopy(plain)
     dcgan_mnist.use_products(products)
     return plain, products
 
 
+def inputs_of(kind: type[nn.Module], n: int) -> torch.Tensor:
+    """Return random inputs (n, ...) of a network, the same for every call."""
+    return torch.randn(n, *INPUTS[kind], generator=random_stream(seed=0, use=0))
+
+
 @pytest.mark.parametrize("kind", INPUTS)
 def test_products_give_what_convolutions_give(kind: type[nn.Module]):
     plain, products = plain_and_products(kind)
-    inputs = torch.randn(3, *INPUTS[kind], generator=random_stream(seed=0, stream=0)).double()
+    inputs = inputs_of(kind, 3).double()
     for expected, found in zip(
         gradients(plain.double(), inputs), gradients(products.double(), inputs), strict=True
     ):
@@ -78,7 +87,7 @@ def test_products_give_what_convolutions_give(kind: type[nn.Module]):
 @pytest.mark.parametrize("kind", INPUTS)
 def test_products_in_bf16_are_as_exact_as_convolutions_in_bf16(kind: type[nn.Module]):
     plain, products = plain_and_products(kind)
-    inputs = torch.randn(20, *INPUTS[kind], generator=random_stream(seed=0, stream=0))
+    inputs = inputs_of(kind, 20)
     exact = gradients(copy.deepcopy(plain).double(), inputs.double())
     with torch.autocast("cpu", torch.bfloat16):
         of_plain = gradients(plain, inputs)
@@ -89,10 +98,14 @@ def test_products_in_bf16_are_as_exact_as_convolutions_in_bf16(kind: type[nn.Mod
             assert torch.dist(b.double(), value) < 2 * torch.dist(a.double(), value)
 
 
-def test_a_product_in_bf16_stays_in_bf16():
-    _, products = plain_and_products(dcgan_mnist.Generator)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert products.layers[0](torch.randn(20, 100, 1, 1)).dtype == torch.bfloat16
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_product_in_bf16_stays_in_bf16(kind: type[nn.Module]):
+    products = [layer for layer in plain_and_products(kind)[1] if is_product(layer)]
+    assert len(products) == 2
+    for layer in products:
+        inputs = torch.randn(20, layer.in_channels, 7, 7)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(inputs).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", INPUTS)
@@ -102,14 +115,172 @@ def test_products_keep_the_names_and_values_of_the_weights(kind: type[nn.Module]
     assert same(list(products.state_dict().values()), list(plain.state_dict().values()))
 
 
-def test_a_cpu_trains_with_products_and_a_gpu_does_not():
+def is_product(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution of another class than torch's own."""
+    convolution = isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+    return convolution and type(layer) not in (nn.Conv2d, nn.ConvTranspose2d)
+
+
+@pytest.mark.parametrize(("device", "count"), [("cpu", 4), ("cuda", 0), ("mps", 0)])
+def test_a_cpu_trains_with_products_and_others_do_not(device: str, count: int):
     gan = new_gan()
-    step_of_a_gpu(gan)
-    layers = [*gan.generator.layers, *gan.discriminator.layers]
-    assert sum(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers) == 8
+    before = [id(m) for network in (gan.generator, gan.discriminator) for m in network.modules()]
+    gan.device = torch.device(device)
     fastest_step(gan)
-    layers = [*gan.generator.layers, *gan.discriminator.layers]
-    assert sum(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers) == 4
+    layers = [*gan.generator.modules(), *gan.discriminator.modules()]
+    assert [id(layer) for layer in layers] == before
+    assert sum(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers) == 8
+    assert sum(map(is_product, layers)) == count
+
+
+class Doubled(nn.Conv2d):
+    """A convolution of somebody else, which computes something else."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(images)
+
+
+PRODUCTS = {
+    "a convolution": lambda: nn.Conv2d(6, 4, 3, stride=2),
+    "without bias": lambda: nn.Conv2d(6, 4, 3, bias=False),
+    "that is not square": lambda: nn.Conv2d(6, 4, (2, 5), stride=(3, 1)),
+    "that reaches not all pixels": lambda: nn.Conv2d(6, 4, 3, stride=4),
+    "with a kernel under its stride": lambda: nn.Conv2d(6, 4, 2, stride=3),
+    "of single pixels": lambda: nn.Conv2d(6, 4, 1),
+    "of all pixels": lambda: nn.Conv2d(6, 4, (9, 8)),
+    "a transposed one": lambda: nn.ConvTranspose2d(6, 4, 3, stride=2),
+    "a transposed one without bias": lambda: nn.ConvTranspose2d(6, 4, 3, bias=False),
+    "a transposed one that is not square": lambda: nn.ConvTranspose2d(6, 4, (2, 5), stride=(3, 1)),
+    "a transposed one that leaves gaps": lambda: nn.ConvTranspose2d(6, 4, 2, stride=3),
+    "with weight_norm": lambda: nn.utils.weight_norm(nn.Conv2d(6, 4, 3)),
+}
+LEFT_ALONE = {
+    "padding": lambda: nn.Conv2d(6, 4, 3, padding=1),
+    "padding on one side": lambda: nn.Conv2d(6, 4, 3, padding=(0, 1)),
+    "padding by name": lambda: nn.Conv2d(6, 4, 3, padding="same"),
+    "padding of another kind": lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="circular"),
+    "dilation": lambda: nn.Conv2d(6, 4, 3, dilation=2),
+    "groups": lambda: nn.Conv2d(6, 4, 3, groups=2),
+    "transposed padding": lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1),
+    "transposed output padding": lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1),
+    "transposed dilation": lambda: nn.ConvTranspose2d(6, 4, 3, dilation=2),
+    "transposed groups": lambda: nn.ConvTranspose2d(6, 4, 3, groups=2),
+    "a subclass": lambda: Doubled(6, 4, 3),
+    "a parametrization": lambda: spectral_norm(nn.Conv2d(6, 4, 3)),
+    "a transposed parametrization": lambda: spectral_norm(nn.ConvTranspose2d(6, 4, 3), dim=1),
+    "another kind": lambda: nn.Conv3d(6, 4, 1),
+}
+
+
+def twice(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """Make a layer twice, in double precision, with the same weights."""
+    layers = []
+    for _ in range(2):
+        with dcgan_mnist.seeded(0, torch.device("cpu")):
+            layers.append(make().double())
+    return layers[0], layers[1]
+
+
+@pytest.mark.parametrize("kind", [*PRODUCTS, *LEFT_ALONE])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_every_convolution_computes_what_it_did(kind: str):
+    plain, layer = twice((PRODUCTS | LEFT_ALONE)[kind])
+    before = type(layer)
+    names = list(layer.state_dict())
+    dcgan_mnist.use_products(nn.Sequential(layer))
+    assert (type(layer) is before) == (kind in LEFT_ALONE)
+    assert isinstance(layer, before)
+    assert list(layer.state_dict()) == names
+    shape = (6, 1, 9, 8) if isinstance(layer, nn.Conv3d) else (6, 9, 8)
+    inputs = torch.randn(5, *shape, generator=random_stream(seed=0, use=0)).double()
+    for expected, found in zip(gradients(plain, inputs), gradients(layer, inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["a convolution", "a transposed one"])
+def test_gradients_have_gradients_as_a_gradient_penalty_needs_them(kind: str):
+    found = []
+    layers = twice(PRODUCTS[kind])
+    dcgan_mnist.use_products(layers[1])
+    for layer in layers:
+        inputs = torch.randn(5, 6, 9, 8, generator=random_stream(seed=0, use=0)).double()
+        inputs.requires_grad_()
+        (slope,) = torch.autograd.grad(layer(inputs).tanh().sum(), inputs, create_graph=True)
+        slope.square().sum().backward()
+        found.append([slope, inputs.grad, layer.weight.grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_sums_over_many_patches_lose_no_digits_in_bf16(kind: type[nn.Module]):
+    stream = random_stream(seed=0, use=0)
+    layer = kind(1, 1, 8, bias=False)
+    nn.init.uniform_(layer.weight, generator=stream)  # nothing cancels out
+    inputs = torch.rand(2, 1, 20, 20, generator=stream).bfloat16()
+    exact = gradients(copy.deepcopy(layer).double(), inputs.double())
+    dcgan_mnist.use_products(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(layer, inputs)
+    for expected, value in zip(exact, found, strict=True):  # bf16 has 8 bits
+        torch.testing.assert_close(value.double(), expected, rtol=3 / 2**8, atol=0)
+
+
+def test_a_transposed_convolution_can_still_be_told_the_size_of_its_output():
+    plain, layer = twice(PRODUCTS["a transposed one"])
+    dcgan_mnist.use_products(layer)
+    inputs = torch.randn(5, 6, 9, 8, generator=random_stream(seed=0, use=0)).double()
+    for size in ([19, 17], [20, 18]):
+        expected = plain(inputs, output_size=size)
+        assert list(expected.shape[2:]) == size
+        torch.testing.assert_close(layer(inputs, output_size=size), expected)
+
+
+@pytest.mark.parametrize("kind", [*PRODUCTS, *LEFT_ALONE])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_hooks_on_a_convolution_go_on_being_called(kind: str):
+    layer = (PRODUCTS | LEFT_ALONE)[kind]()
+    called = []
+    layer.register_forward_pre_hook(lambda *_: called.append("before"))
+    layer.register_forward_hook(lambda *_: called.append("after"))
+    layer.register_full_backward_hook(lambda *_: called.append("backward"))
+    dcgan_mnist.use_products(nn.Sequential(layer))
+    shape = (6, 1, 9, 8) if isinstance(layer, nn.Conv3d) else (6, 9, 8)
+    layer(torch.randn(2, *shape, requires_grad=True)).sum().backward()
+    assert called == ["before", "after", "backward"]
+
+
+# --------------------------------------- the memory layout ----------------------------------------
+def is_channels_last(network: nn.Module) -> bool:
+    """Whether the channels of weights with some channels and pixels lie side by side in memory."""
+    weights = [p for p in network.parameters() if p.dim() == 4 and min(p.shape) > 1]
+    found = {p.stride(1) == 1 for p in weights}
+    assert len(found) == 1
+    return found.pop()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("mps", False)])
+def test_on_mps_networks_keep_the_layout_whose_gradients_are_right(
+    run, monkeypatch: pytest.MonkeyPatch, device: str, expected: bool
+):
+    run(*THREE_STEPS, "--epochs", 1)
+    original = nn.Module.to
+
+    def to(self: nn.Module, *, device: torch.device, **options: object) -> nn.Module:
+        assert str(device) in ("cpu", "mps")
+        return original(self, device=torch.device("cpu"), **options)
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    there = torch.device(device)
+    gan = DCGAN(Settings(width=4, latent_dim=8), there)
+    networks = [
+        dcgan_mnist.place(dcgan_mnist.Generator(8, 4), there),
+        dcgan_mnist.load_generator("result", device=device),
+        gan.generator,
+        gan.discriminator,
+        gan.average,
+    ]
+    assert [is_channels_last(network) for network in networks] == [expected] * 5
 
 
 # ------------------------------------------ CUDA graphs -------------------------------------------
@@ -119,11 +290,14 @@ class FakeGPU:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[tuple[str, int]] = []
         self.recording: FakeGraph | None = None
-        self.refuses = False  # half way through a recording
+        self.refusal: Exception | None = None  # half way through a recording
+        fork_rng = torch.random.fork_rng
         monkeypatch.setattr(dcgan_mnist, "training_step", self.step)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self.events))
         monkeypatch.setattr(torch.cuda, "graph", self.record)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        # the random numbers of this GPU are those of the CPU
+        monkeypatch.setattr(torch.random, "fork_rng", lambda *_, **__: fork_rng([]))
 
     def step(self, gan: DCGAN, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Take a training step; while a graph is recorded, compute nothing."""
@@ -131,10 +305,10 @@ class FakeGPU:
             self.events.append(("step", len(real)))
             return training_step(gan, real, z)
         self.events.append(("record", len(real)))
-        if self.refuses:
+        if self.refusal is not None:
             gan.discriminator.requires_grad_(False)
             gan.optimizer_g.zero_grad()
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+            raise self.refusal
         stats = torch.full((5,), torch.nan)
         self.recording.recorded = (gan, real, z, stats)
         return stats
@@ -160,39 +334,78 @@ class FakeGraph:
         stats.copy_(training_step(gan, real, z))
 
 
-def step_of_a_gpu(gan: DCGAN) -> Step:
+def step_of_a_gpu(gan: DCGAN, graph: bool = True) -> Step:
     """Return the way in which a GPU takes training steps."""
     device = gan.device
     gan.device = torch.device("cuda")
-    step = fastest_step(gan)
+    step = fastest_step(gan, graph)
     gan.device = device
     return step
 
 
-def take_steps(gan: DCGAN, step: Step) -> list[torch.Tensor]:
-    """Take a step with each of some batches; return all figures, then all weights."""
+SIZES = [20, 20, 7, 20, 20, 20, 7, 20]  # of batches, of which those of 20 are full
+FIRST = [("step", 20)] * 3 + [("record", 20)]  # what a graph begins with; the steps do not count
+
+
+def state(gan: DCGAN) -> list[torch.Tensor]:
+    """Return copies of all weights and buffers, and of all that the optimisers keep."""
+    kept = []
+    for part in gan.parts().values():
+        content = part.state_dict()
+        parts = [content, *content["state"].values()] if "state" in content else [content]
+        kept += [
+            value.clone() for part in parts for value in part.values() if torch.is_tensor(value)
+        ]
+    return kept
+
+
+def take_steps(gan: DCGAN, step: Step, sizes: list[int]) -> list[torch.Tensor]:
+    """Take a step with each of some batches; return all figures, and all that has changed."""
     figures = []
-    for i, size in enumerate([20, 20, 7, 20, 20, 20, 7, 20], start=1):
-        real, z = (part.to(gan.device) for part in batch(size))
-        figures.append(step(real / i, z / i).clone())
-    return figures + parameters(gan.generator) + parameters(gan.discriminator)
+    with dcgan_mnist.seeded(0, gan.device):
+        for i, size in enumerate(sizes, start=1):
+            real, z = batch(size)
+            noise = torch.cat([z] * gan.settings.generator_steps)
+            figures.append(step(real.to(gan.device) / i, noise.to(gan.device) / i).clone())
+        return [*figures, *state(gan), torch.rand(3, device=gan.device)]
 
 
-def plain_steps() -> list[torch.Tensor]:
-    """Return what ``take_steps`` comes to without a graph."""
-    gan = new_gan(batch_size=20)
-    return take_steps(gan, partial(training_step, gan))
+CHANGES = ["nothing", "dropout", "spectral_norm", "a run that goes on"]
 
 
-def test_graphed_steps_give_what_plain_steps_give(monkeypatch: pytest.MonkeyPatch):
-    plain = plain_steps()
-    gpu = FakeGPU(monkeypatch)
-    gan = new_gan(batch_size=20)
-    assert same(take_steps(gan, step_of_a_gpu(gan)), plain)
-    assert gpu.events[-2:] == [("step", 7), ("replay", 20)]
+def change_gan(gan: DCGAN, change: str) -> None:
+    """Make one of the CHANGES, of which a graph must not lose anything."""
+    with dcgan_mnist.seeded(0, gan.device):
+        if change == "dropout":
+            gan.generator.layers.insert(3, nn.Dropout(0.2))
+            gan.discriminator.layers.insert(2, nn.Dropout(0.2))
+        elif change == "spectral_norm":
+            spectral_norm(gan.discriminator.layers[2])
+        elif change == "a run that goes on":
+            take_steps(gan, partial(training_step, gan), [20, 7])
 
 
-def test_a_graph_is_of_a_full_batch_also_if_the_fourth_ends_an_epoch(
+@pytest.mark.parametrize("generator_steps", [1, 2])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("sizes", [SIZES, SIZES[2:], SIZES[:1]])
+def test_graphed_steps_give_what_plain_steps_give(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], change: str, generator_steps: int
+):
+    results = []
+    for graphed in (False, True):
+        gan = new_gan(batch_size=20, generator_steps=generator_steps)
+        change_gan(gan, change)
+        if graphed:
+            gpu = FakeGPU(monkeypatch)
+        step = step_of_a_gpu(gan) if graphed else partial(training_step, gan)
+        results.append(take_steps(gan, step, sizes))
+    assert same(*results)
+    events = [("replay", 20) if size == 20 else ("step", size) for size in sizes]
+    first = sizes.index(20)
+    assert gpu.events == events[:first] + FIRST + events[first:]
+
+
+def test_a_graph_is_of_full_batches_and_the_last_one_of_an_epoch_is_a_plain_step(
     monkeypatch: pytest.MonkeyPatch,
 ):
     stream = torch.Generator().manual_seed(0)
@@ -204,46 +417,89 @@ def test_a_graph_is_of_a_full_batch_also_if_the_fourth_ends_an_epoch(
     gan = new_gan(batch_size=20, ema=0.5)
     graphed = list(train_epochs(gan, step_of_a_gpu(gan), digits, 3, 100))
     assert same(graphed, plain)
-    assert same(parameters(gan.average), parameters(twin.average))
-    assert [size for event, size in gpu.events if event == "record"] == [20]
-    end_of_an_epoch = [("replay", 20), ("step", 7)]
-    a_whole_epoch = [("replay", 20)] * 3 + end_of_an_epoch
-    after = gpu.events.index(("record", 20)) + 1
-    assert gpu.events[after:] == end_of_an_epoch + a_whole_epoch + a_whole_epoch
+    assert same(state(gan), state(twin))
+    assert gpu.events == FIRST + ([("replay", 20)] * 4 + [("step", 7)]) * 3
+
+
+def test_graph_off_takes_plain_steps(monkeypatch: pytest.MonkeyPatch):
+    gpu = FakeGPU(monkeypatch)
+    gan = new_gan(batch_size=20)
+    take_steps(gan, step_of_a_gpu(gan, graph=False), SIZES)
+    assert gpu.events == [("step", size) for size in SIZES]
+
+
+REFUSAL = "operation not permitted\nwhen stream is capturing"
 
 
 @pytest.mark.parametrize("half_way", [False, True])
 def test_a_graph_that_cannot_be_recorded_leaves_plain_steps_and_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], half_way: bool
 ):
-    plain = plain_steps()
+    twin = new_gan(batch_size=20)
+    plain = take_steps(twin, partial(training_step, twin), SIZES)
     gpu = FakeGPU(monkeypatch)
 
     def refuse() -> None:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        raise RuntimeError(REFUSAL)
 
     if half_way:
-        gpu.refuses = True
+        gpu.refusal = RuntimeError(REFUSAL)
     else:
         monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
     gan = new_gan(batch_size=20)
-    assert same(take_steps(gan, step_of_a_gpu(gan)), plain)
+    assert same(take_steps(gan, step_of_a_gpu(gan), SIZES), plain)
+    assert [event for event in gpu.events if event[0] != "record"] == FIRST[:3] + [
+        ("step", size) for size in SIZES
+    ]
     printed = capsys.readouterr().out
     reason = "operation not permitted"
     assert printed == f"warning: no CUDA graph, so steps take longer: {reason}\n"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_cuda_graph_gives_what_plain_steps_give():
-    settings = Settings(batch_size=20)
+def test_a_graph_that_does_not_fit_in_memory_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    gpu = FakeGPU(monkeypatch)
+    gpu.refusal = torch.OutOfMemoryError("CUDA out of memory")
+    gan = new_gan(batch_size=20)
+    with pytest.raises(torch.OutOfMemoryError):
+        take_steps(gan, step_of_a_gpu(gan), SIZES)
+    assert gpu.events == FIRST
+    assert capsys.readouterr().out == ""
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cuda_graph_gives_what_plain_steps_give_to_the_bit(
+    capsys: pytest.CaptureFixture[str], change: str, precision: str
+):
+    device = torch.device("cuda", 0)
+    sizes = {"width": 32, "latent_dim": 8, "batch_size": 20, "generator_steps": 2}
     results = []
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for graphed in (False, True):
-            gan = DCGAN(settings, torch.device("cuda"))
-            step = fastest_step(gan) if graphed else partial(training_step, gan)
-            results.append(take_steps(gan, step))
-    for plain, graphed in zip(*results, strict=True):
-        torch.testing.assert_close(graphed, plain, rtol=1e-3, atol=1e-4)
+    with dcgan_mnist.computing_on(device):
+        for graph in (False, True):
+            gan = DCGAN(Settings(precision=precision, **sizes), device)
+            change_gan(gan, change)
+            results.append(take_steps(gan, fastest_step(gan, graph), SIZES))
+    assert same(*results)
+    assert capsys.readouterr().out == ""  # no warning: it was a graph indeed
+
+
+@needs_gpu
+def test_on_a_gpu_a_run_that_is_interrupted_ends_like_one_that_is_not_to_the_bit(run):
+    new = ("--batch-size", 25, "--recipe", "tuned", "--device", "cuda")
+    more = ("--resume", "--epochs", 3, "--device", "cuda")
+    assert run(*new, "--epochs", 3, "--output-dir", "whole").code == 0
+    assert run(*new, "--epochs", 3, "--graph", "off", "--output-dir", "plain").code == 0
+    assert run(*new, "--epochs", 1).code == 0
+    assert run(*more).code == 0
+    assert run(*new, "--epochs", 2, "--graph", "off", "--output-dir", "mixed").code == 0
+    assert run(*more, "--output-dir", "mixed").code == 0
+    for path in Path().glob("*/*.pt"):  # so that they can be compared
+        torch.save(torch.load(path, map_location="cpu", weights_only=True), path)
+    for folder in ("plain", "result", "mixed"):
+        assert_same_run(folder, "whole")
 
 
 # ------------------------- this process in the place of one of several ----------------------------
@@ -266,6 +522,7 @@ class FakeConnection:
 def connection(monkeypatch: pytest.MonkeyPatch) -> FakeConnection:
     """Let this process take itself for the first of two; the second one is not there."""
     connection = FakeConnection()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -275,6 +532,8 @@ def connection(monkeypatch: pytest.MonkeyPatch) -> FakeConnection:
     monkeypatch.setattr(distributed, "destroy_process_group", connection.disconnect)
     monkeypatch.setattr(distributed, "broadcast_object_list", lambda _: None)
     monkeypatch.setattr(distributed, "all_reduce", lambda _: None)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_rank", lambda: int(os.environ["RANK"]))
     return connection
 
 
@@ -283,7 +542,9 @@ def second_of_two(connection: FakeConnection, monkeypatch: pytest.MonkeyPatch) -
     """Let this process take itself for the second of two, and be told what to train on."""
 
     def receive(values: list) -> None:
-        values[0] = (Settings(batch_size=20), torch.zeros(60, 28, 28, dtype=torch.uint8), 1, None)
+        settings = Settings(batch_size=20, width=4, latent_dim=8)
+        digits = torch.zeros(60, 28, 28, dtype=torch.uint8)
+        values[0] = (settings, digits, None, 1, None)
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(distributed, "broadcast_object_list", receive)
@@ -308,6 +569,14 @@ def test_only_the_first_process_prints_and_writes(
     assert (outcome.code, outcome.out, outcome.err) == (code, "", "")
     assert contents(".") == {"result/timeline.png": b"of the first process"}
     assert second_of_two.state == state
+
+
+def test_a_signal_ends_another_process_at_once_for_the_first_one_speaks_for_it(
+    second_of_two: FakeConnection,
+):
+    with dcgan_mnist.own_process():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            assert signal.getsignal(signum) == signal.SIG_DFL
 
 
 def test_another_process_says_what_stops_it_alone(
@@ -421,12 +690,14 @@ def gradients_of(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[t
     return gradients
 
 
-def test_gradients_and_figures_are_means_over_the_processes(monkeypatch: pytest.MonkeyPatch):
+def test_gradients_and_figures_are_means_over_the_processes(
+    connection: FakeConnection, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.add_(3))
     real, z = batch(6)
     gan = new_gan()
     shared = gradients_of(gan.discriminator, gan.optimizer_d)
-    stats = SharedStep(gan, Processes(rank=0, count=2))(real, z)
+    stats = SharedStep(gan)(real, z)
 
     twin = new_gan()
     single = gradients_of(twin.discriminator, twin.optimizer_d)
@@ -437,9 +708,8 @@ def test_gradients_and_figures_are_means_over_the_processes(monkeypatch: pytest.
 
 
 def test_a_process_takes_its_share_of_the_noise_of_every_generator_step(
-    monkeypatch: pytest.MonkeyPatch,
+    connection: FakeConnection, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(distributed, "all_reduce", lambda _: None)
     shares = []
 
     def step(gan: DCGAN, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -448,18 +718,21 @@ def test_a_process_takes_its_share_of_the_noise_of_every_generator_step(
 
     monkeypatch.setattr(dcgan_mnist, "training_step", step)
     real, z = batch(14)
-    for rank in (0, 1):
-        SharedStep(new_gan(generator_steps=2), Processes(rank, count=2))(real[:7], z)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        SharedStep(new_gan(generator_steps=2))(real[:7], z)
     (real_0, z_0), (real_1, z_1) = shares
     assert torch.equal(torch.cat([real_0, real_1]), real[:7])
     assert torch.equal(torch.cat([z_0[:4], z_1[:3], z_0[4:], z_1[3:]]), z)
 
 
-def test_on_gpus_batchnorm_sees_the_whole_batch_and_checkpoints_stay_the_same():
+def test_on_gpus_batchnorm_sees_the_whole_batch_and_checkpoints_stay_the_same(
+    connection: FakeConnection,
+):
     gan = new_gan()
     before = gan.generator.state_dict()
     gan.device = torch.device("cuda")
-    fastest_step(gan, Processes(rank=0, count=2))
+    fastest_step(gan)
     for network in (gan.generator, gan.discriminator):
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert norms
@@ -486,10 +759,12 @@ def kill_all(process: subprocess.Popen, folder: Path) -> None:
 
 @contextlib.contextmanager
 def torchrun(folder: Path, *options: object) -> Iterator[subprocess.Popen]:
-    """Start the small program in two processes on the digits of the data_dir fixture."""
+    """Start the program in two processes on the digits of the data_dir fixture."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [ROOT / "tests" / "shared_program.py", *THREE_STEPS, "--device", "cpu"]
+    command += [ROOT / "tests" / "shared_program.py", "--device", "cpu"]
     command += ["--data-dir", folder.parent / "data", *options]
+    if "--resume" not in options:
+        command += [*SMALL, *THREE_STEPS]
     with subprocess.Popen(
         [str(part) for part in command],
         cwd=folder,
@@ -498,7 +773,7 @@ def torchrun(folder: Path, *options: object) -> Iterator[subprocess.Popen]:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        timer = threading.Timer(60, kill_all, (process, folder))  # a test must not hang
+        timer = threading.Timer(120, kill_all, (process, folder))  # a test must not hang
         timer.start()
         try:
             yield process

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import hashlib
 import inspect
 import os
 import pickle
@@ -13,11 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import pytest
 import torch
@@ -37,7 +41,15 @@ from helpers import (
 )
 
 import dcgan_mnist
-from dcgan_mnist import Failure, Generator, RunFolder, Settings, load_generator
+from dcgan_mnist import (
+    SCORES,
+    STATS,
+    Failure,
+    Generator,
+    RunFolder,
+    Settings,
+    load_generator,
+)
 
 DRAWN = sorted(RUN_FILES - {"checkpoint.pt"})
 SOURCE, FIRST_LINE = inspect.getsourcelines(RunFolder)
@@ -86,10 +98,13 @@ def test_the_lock_of_a_killed_process_does_not_keep_a_run_out(run):
     with subprocess.Popen(
         [sys.executable, "-c", HOLD_LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
+        timer = threading.Timer(60, process.kill)  # a test must not hang
+        timer.start()
         assert process.stdout.readline() == "locked\n"
         assert run(*THREE_STEPS).is_one_line(1, "another run")
+        timer.cancel()
         process.kill()
-        process.wait()
+        process.wait(timeout=60)
         assert run(*THREE_STEPS, "--epochs", 1).code == 0
 
 
@@ -189,8 +204,8 @@ def test_the_command_that_goes_on_with_a_moved_run_is_named_and_works(run, folde
     argv = [word.strip('"') for word in argv]  # of the shell of Windows
     assert python == "python"
     assert Path(program) == ROOT / "dcgan_mnist.py"
-    outcome = run(*argv, "--epochs", 2)
-    assert (outcome.code, outcome.err) == (0, "")
+    # the command finds the run's digits without the --data-dir that ``run`` adds
+    assert dcgan_mnist.main([*argv, "--epochs", "2", "--device", "cpu"]) == 0
     assert_same_run(Path(folder, "previous_001"), "whole")
     assert contents(folder)["checkpoint.pt"] == new
 
@@ -300,12 +315,60 @@ def test_a_run_that_cannot_begin_moves_nothing(
     assert not Path("result/previous_001").exists()
 
 
-def test_half_written_files_of_a_killed_run_are_removed(run, earlier_run: dict[str, bytes]):
-    for name in (".checkpoint.pt.tmp", ".generated_epoch_007.png.tmp"):
-        Path("result", name).write_bytes(b"half")
-    run(*THREE_STEPS, "--epochs", 1)
-    left = [path.name for path in Path("result").rglob(".*")]
-    assert left == [".notes.txt.tmp"]
+def write_half(name: str, age: int) -> str:
+    """Leave a file half written so many seconds ago; return its name."""
+    path = Path("result", name)
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - age,) * 2)
+    return path.name
+
+
+@pytest.mark.parametrize("command", [[], ["--resume", "--epochs", 3], ["--generate", 3]])
+def test_what_killed_commands_left_half_written_goes_once_it_is_an_hour_old(
+    run, earlier_run: dict[str, bytes], command: list
+):
+    number = "0123456789abcdef" * 2
+    ours = ("checkpoint.pt", "generated_epoch_007.png", "history.csv", "generated.npy")
+    for name in ours:
+        write_half(f".{name}.{number}.tmp", age=3700)
+    young = write_half(f".checkpoint.pt.{number[::-1]}.tmp", age=3500)  # of a command at work
+    others = [
+        write_half(name, age=10**6)
+        for name in (
+            f".notes.txt.{number}.tmp",
+            f".generated_epoch_7.png.{number}.tmp",
+            f".checkpoint.pt.{number[1:]}.tmp",
+            f".checkpoint.pt.{number}.tmp.txt",
+            f"checkpoint.pt.{number}.tmp",
+            ".checkpoint.pt.tmp",
+        )
+    ]
+    options = [] if command else [*THREE_STEPS, "--epochs", 1]
+    outcome = run(*command, *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    left = {path.name for path in Path("result").rglob("*.tmp*")}
+    assert left == {*others, young, ".notes.txt.tmp"}
+
+
+def test_two_commands_that_write_the_same_file_at_once_both_succeed(tmp_path: Path, monkeypatch):
+    names = []
+    original = os.fsync
+
+    def fsync(handle: int) -> None:
+        names.append({path.name for path in tmp_path.iterdir()})
+        if len(names) == 1:
+            RunFolder(tmp_path).write("generated.npy", b"of the other one")
+            assert contents(tmp_path)["generated.npy"] == b"of the other one"
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    RunFolder(tmp_path).write("generated.npy", b"of the last one")
+    assert contents(tmp_path) == {"generated.npy": b"of the last one"}
+    (first,) = names[0]
+    assert len(names[1]) == 2
+    for name in names[1]:
+        assert re.fullmatch(r"\.generated\.npy\.[0-9a-f]{32}\.tmp", name)
+    assert first in names[1]
 
 
 # ----------------------------------------- what is written ----------------------------------------
@@ -318,6 +381,7 @@ def test_at_no_moment_of_a_run_is_a_file_half_written(run, monkeypatch: pytest.M
             run(*THREE_STEPS, "--epochs", 3, "--output-dir", epoch)
         for name, content in contents(str(epoch)).items():
             whole.setdefault(name, set()).add(content)
+    table = max(whole.pop("history.csv"), key=len)  # it alone is added to, not replaced
     moments = 0
     torn = set()
 
@@ -329,7 +393,12 @@ def test_at_no_moment_of_a_run_is_a_file_half_written(run, monkeypatch: pytest.M
         if frame.f_lineno in FILES_ROOM:
             moments += 1
             for path in Path("result").glob("[!.]*"):
-                if path.read_bytes() not in whole[path.name]:
+                content = path.read_bytes()
+                if path.name == "history.csv":
+                    sound = table.startswith(content)
+                else:
+                    sound = content in whole[path.name]
+                if not sound:
                     torn.add(path.name)
         return look
 
@@ -344,18 +413,34 @@ def test_at_no_moment_of_a_run_is_a_file_half_written(run, monkeypatch: pytest.M
     assert torn == set()
 
 
+def before_writing(monkeypatch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
+    """Let ``act(name)`` come before a file gets its new content: all of it, or more of it."""
+    replace = Path.replace
+    open_path = Path.open
+
+    def replaced(self: Path, target: Path) -> Path:
+        act(Path(target).name)
+        return replace(self, target)
+
+    def opened(self: Path, mode: str = "r", *args: object, **options: object) -> IO:
+        if "a" in mode:
+            act(self.name)
+        return open_path(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    monkeypatch.setattr(Path, "open", opened)
+
+
 @pytest.fixture
 def held_open(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The names of files that cannot be replaced, as on Windows while a program shows them."""
+    """The names of files that cannot be changed, as on Windows while a program shows them."""
     names: set[str] = set()
-    original = Path.replace
 
-    def replace(self: Path, target: Path) -> Path:
-        if Path(target).name in names:
+    def act(name: str) -> None:
+        if name in names:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return original(self, target)
 
-    monkeypatch.setattr(Path, "replace", replace)
+    before_writing(monkeypatch, act)
     return names
 
 
@@ -448,6 +533,134 @@ def test_missing_pictures_of_a_finished_run_are_drawn_again_by_resume(run):
         assert contents("result") == before
 
 
+def test_the_history_grows_after_each_epoch_and_what_was_there_stays(run, monkeypatch):
+    path = Path("result/history.csv")
+    seen = []
+
+    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
+        if step % 3 == 1 and step > 1:  # an epoch has ended
+            seen.append((path.stat().st_ino, path.read_bytes()))
+        return stats
+
+    change_steps(monkeypatch, change)
+    run(*THREE_STEPS, "--epochs", 3)
+    run("--resume", "--epochs", 5)
+    seen.append((path.stat().st_ino, path.read_bytes()))
+    assert len(seen) == 5
+    assert len({number for number, _ in seen}) == 1  # it is the same file, not one in its place
+    for (_, before), (_, after) in pairwise(seen):
+        assert after.startswith(before)
+    for epoch, (_, content) in enumerate(seen, start=1):
+        header, *rows = content.decode().splitlines()
+        assert header.startswith("epoch,step,ds_loss,")
+        expected = [f"{n},{step}" for n in range(1, epoch + 1) for step in (1, 2, 3)]
+        assert [",".join(row.split(",")[:2]) for row in rows] == expected
+
+
+def end_of_epoch(content: bytes, epoch: int) -> int:
+    """Return how long a history of three steps an epoch was after an epoch."""
+    return len(b"".join(content.splitlines(keepends=True)[: 1 + 3 * epoch]))
+
+
+HISTORY_FAULTS = {  # what becomes of the history of two epochs
+    "deleted": lambda _: None,
+    "empty": lambda _: b"",
+    "cut in a row": lambda content: content[:-5],
+    "cut in the first epoch": lambda content: content[: end_of_epoch(content, 1) // 2],
+    "without its last epoch": lambda content: content[: end_of_epoch(content, 1)],
+    "without its first epoch": lambda content: content[end_of_epoch(content, 1) :],
+    "with the start of another epoch": lambda content: content + b"3,1,0.",
+    "with a line more": lambda content: b"my run\n" + content,
+}
+
+
+def spoil(path: Path, fault: str) -> None:
+    """Do to a history what the user may have done, or a kill."""
+    content = HISTORY_FAULTS[fault](path.read_bytes())
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+
+
+def test_a_history_that_is_not_as_it_was_is_whole_after_the_next_epoch(run, monkeypatch):
+    run(*THREE_STEPS, "--epochs", 3, "--output-dir", "whole")
+    whole = contents("whole")["history.csv"]
+    for fault in HISTORY_FAULTS:
+
+        def change(step: int, stats: torch.Tensor, fault: str = fault) -> torch.Tensor:
+            if step == 8:  # in the third epoch
+                spoil(Path(fault, "history.csv"), fault)
+            return stats
+
+        with monkeypatch.context() as patch:
+            change_steps(patch, change)
+            outcome = run(*THREE_STEPS, "--epochs", 3, "--output-dir", fault)
+        assert (outcome.code, outcome.err, outcome.warnings()) == (0, "", [])
+        assert contents(fault)["history.csv"] == whole, fault
+
+
+def test_a_history_that_is_not_as_it_was_is_whole_after_resume(run):
+    run(*THREE_STEPS, "--epochs", 3, "--output-dir", "whole")
+    whole = contents("whole")["history.csv"]
+    run(*THREE_STEPS, "--epochs", 2)
+    path = Path("result/history.csv")
+    before = path.read_bytes()
+    for fault in HISTORY_FAULTS:
+        shutil.copytree("result", fault)
+        spoil(path, fault)
+        assert run("--resume").code == 0  # of the finished run
+        assert path.read_bytes() == before, fault
+        spoil(Path(fault, "history.csv"), fault)
+        assert run("--resume", "--epochs", 3, "--output-dir", fault).code == 0
+        assert contents(fault)["history.csv"] == whole, fault
+
+
+def add_half(monkeypatch: pytest.MonkeyPatch, epoch: int, act: Callable[[], None]) -> None:
+    """Let something come half way through adding an epoch of three steps to the history."""
+    path = Path("result/history.csv")
+    added = []
+
+    def half(name: str) -> None:
+        if name != path.name:
+            return
+        added.append(name)
+        if len(added) == epoch:
+            with open(path, "ab") as file:
+                file.write(f"{epoch},1,0.69".encode())
+            act()
+
+    before_writing(monkeypatch, half)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_run_that_ends_half_way_through_adding_to_the_history_is_whole_after_resume(
+    run, monkeypatch, epoch: int
+):
+    run(*THREE_STEPS, "--epochs", 3, "--output-dir", "whole")
+    with monkeypatch.context() as patch:
+        add_half(patch, epoch, lambda: signal.raise_signal(signal.SIGINT))
+        assert run(*THREE_STEPS, "--epochs", 3).is_one_line(130, f"epoch {epoch} is saved")
+    assert contents("result")["history.csv"].endswith(b"0.69")
+    assert run("--resume").code == 0
+    assert_same_run("result", "whole")
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_warning_and_no_line_of_the_history(
+    run, monkeypatch
+):
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run(*THREE_STEPS, "--epochs", 3, "--output-dir", "whole")
+    add_half(monkeypatch, 2, fail)
+    outcome = run(*THREE_STEPS, "--epochs", 3)
+    assert (outcome.code, outcome.err) == (0, "")
+    (warning,) = outcome.warnings()
+    assert f"cannot write {Path('result/history.csv')} (No space left on device)" in warning
+    assert_same_run("result", "whole")
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_keeps_the_last_one(
     run, held_open: set[str], monkeypatch
 ):
@@ -477,19 +690,15 @@ def test_a_best_generator_that_cannot_be_written_ends_the_run_and_keeps_the_last
 
 
 def interrupt_writing(monkeypatch: pytest.MonkeyPatch, name: str, time: int) -> None:
-    """Let Ctrl-C come when a file is to be moved into place for the first or another time."""
-    original = Path.replace
-    times = 0
+    """Let Ctrl-C come when a file is to get its new content for the first or another time."""
+    written: list[str] = []
 
-    def replace(self: Path, target: Path) -> Path:
-        nonlocal times
-        if Path(target).name == name:
-            times += 1
-            if times == time:
-                signal.raise_signal(signal.SIGINT)
-        return original(self, target)
+    def act(of: str) -> None:
+        written.append(of)
+        if of == name and written.count(name) == time:
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Path, "replace", replace)
+    before_writing(monkeypatch, act)
 
 
 @pytest.mark.parametrize("name", ["real_samples.png", "generated_epoch_001.png", "history.csv"])
@@ -541,7 +750,10 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(run):
     disk = Path("disk")
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True, timeout=60).returncode
+    ):
         pytest.skip("this user may not mount a small disk")
     try:
         outcome = run(*THREE_STEPS, "--epochs", 30, "--output-dir", "disk/result")
@@ -551,7 +763,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_last_checkpoint(run):
         assert 1 <= epoch < 30
         shutil.copytree("disk/result", "result")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", str(disk)], check=True, timeout=60)
     run(*THREE_STEPS, "--epochs", epoch + 1, "--output-dir", "whole")
     assert run("--resume", "--epochs", epoch + 1).code == 0
     assert_same_run("result", "whole")
@@ -575,29 +787,74 @@ def checkpoint(run, mean_scorer: None) -> Path:
     return Path("result/checkpoint.pt")
 
 
-def test_a_checkpoint_says_what_it_is_and_where_it_comes_from(run):
-    run("--batch-size", 20, "--seed", 7, "--precision", "fp32", "--epochs", 2)
+def test_a_checkpoint_says_what_it_is_and_where_it_comes_from(run, data_dir: Path):
+    data = os.path.relpath(data_dir)
+    flags = ("--seed", 7, "--precision", "fp32", "--epochs", 2, "--data-dir", data)
+    run(*THREE_STEPS, *flags)
     checkpoint = saved()
-    assert checkpoint["format"] == dcgan_mnist.FORMAT
+    assert checkpoint["format"] == dcgan_mnist.FORMAT == 5
     assert checkpoint["epoch"] == 2
-    expected = Settings(batch_size=20, seed=7, precision="fp32")
+    expected = Settings(batch_size=20, seed=7, precision="fp32", width=4, latent_dim=8)
     assert checkpoint["settings"] == dataclasses.asdict(expected)
+    digits = dcgan_mnist.load_digits(data_dir, "test")
+    sha256 = hashlib.sha256(digits.numpy().tobytes()).hexdigest()
+    path = Path(checkpoint["data"].pop("path"))
+    assert checkpoint["data"] == {"sha256": sha256}
+    assert path.is_absolute()
+    assert path.samefile(data_dir)
     assert checkpoint["made_with"] == {"torch": torch.__version__, "device": "cpu"}
     assert len(checkpoint["stats"]["ds_loss"]) == 6
 
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path):
     gan = new_gan(seed=3, lr=0.01)
-    dcgan_mnist.training_step(gan, *batch())
+    stats = dcgan_mnist.training_step(gan, *batch())
     gan.epoch = 1
-    run = dcgan_mnist.Run(gan, torch.zeros(60, 28, 28, dtype=torch.uint8), epochs=3)
-    run.best_epoch = 1
+    digits = torch.zeros(60, 28, 28, dtype=torch.uint8)
+    run = dcgan_mnist.Run(gan, digits, data_path=None, epochs=3)
+    run.add(stats[None], {"fd": 30.0})
     content = run.checkpoint()
-    best = run.best_generator()
-    RunFolder(tmp_path).save(content, best)
-    for name, expected in {"checkpoint.pt": content, "generator_best.pt": best}.items():
-        read = dcgan_mnist.read_checkpoint(tmp_path / name)
-        assert equal(read, expected | {"settings": gan.settings})
+    folder = RunFolder(tmp_path)
+    folder.save("checkpoint.pt", content)
+    path = tmp_path / "checkpoint.pt"
+    read = dcgan_mnist.read_checkpoint(path)
+    assert equal(read, content | {"settings": gan.settings})
+
+    other = dcgan_mnist.Run(new_gan(), digits, data_path=None, epochs=3)
+    other.restore(read, path)
+    other.gan.settings = gan.settings
+    assert equal(other.checkpoint(), content)
+    assert torch.equal(other.samples(1), run.samples(1))
+    assert other.table() == run.table()
+    assert other.best_epoch == 1
+
+
+def test_a_checkpoint_from_before_a_setting_or_a_figure_goes_on_without_it(run, checkpoint: Path):
+    content = saved()
+    del content["settings"]["ema"]
+    del content["stats"]["gn_loss"]
+    del content["scores"]["fd"]
+    torch.save(content, checkpoint)
+    outcome = run("--resume", "--epochs", 2)
+    assert (outcome.code, outcome.err, outcome.warnings()) == (0, "", [])
+    content = saved()
+    assert content["settings"]["ema"] == Settings.ema
+    gn_loss = content["stats"]["gn_loss"]
+    assert gn_loss.isnan().tolist() == [True] * 3 + [False] * 3
+    assert content["scores"]["fd"].isnan().tolist() == [True, False]
+    assert content["stats"]["ds_loss"].isfinite().all()
+
+    header, *rows = Path("result/history.csv").read_text().splitlines()
+    assert sorted(header.split(",")) == sorted({"epoch", "step", *STATS, *SCORES})
+    for column, before in {"gn_loss": 3, "fd": 3, "ds_loss": 0}.items():
+        cells = [row.split(",")[header.split(",").index(column)] for row in rows]
+        assert [cell == "nan" for cell in cells] == [True] * before + [False] * (6 - before)
+    assert "The best epoch was 2" in outcome.out  # the first one has no FD
+
+
+ANOTHER_VERSION = "is from another version of this program"
+DAMAGED = "is damaged or is not a checkpoint of this program"
+OTHER_NETWORKS = "holds other networks than dcgan_mnist.py"
 
 
 def assert_refused(run: Callable, data: bytes, *words: str) -> None:
@@ -606,28 +863,46 @@ def assert_refused(run: Callable, data: bytes, *words: str) -> None:
     path.write_bytes(data)
     before = contents(".")
     for mode in (["--resume", "--epochs", 9], ["--generate", 3], ["--interpolate"], ["--evaluate"]):
-        assert run(*mode).is_one_line(1, f"error: {path} is ", *words)
+        assert run(*mode).is_one_line(1, f"error: {path} ", *words)
         assert contents(".") == before
 
 
-def test_a_checkpoint_of_the_first_format_is_said_to_be_of_another_version(run, checkpoint: Path):
+def test_checkpoints_of_earlier_formats_are_said_to_be_of_another_version(run, checkpoint: Path):
     content = saved()
+    for name in ("data", "stats", "scores", "packed_samples", "table_bytes"):
+        del content[name]
+    for name in ("width", "latent_dim"):
+        del content["settings"][name]
+    content |= {"digits_sha256": "", "samples": [], "best_epoch": 1, "best_fd": 30.0}
+    content["history"] = dict.fromkeys(STATS, torch.zeros(3))
+    for number in (4, 3, 2):
+        torch.save(content | {"format": number}, checkpoint)
+        assert_refused(run, checkpoint.read_bytes(), ANOTHER_VERSION, f"it has format {number}")
+
     content["fixed_noise"] = torch.zeros(50, 8, 1, 1)
     content["history"] = torch.zeros(3, 9)
-    for name in ("format", "data", "made_with"):
+    for name in ("format", "made_with"):
         del content[name]
     torch.save(content, checkpoint)
     data = checkpoint.read_bytes()
     sealed = data[:-2] + b"\x20\0" + bytes(32)  # the zip archive's comment was a check sum
-    assert_refused(run, sealed, "from another version of this program")
+    assert_refused(run, sealed, ANOTHER_VERSION)
 
 
 def test_a_checkpoint_of_a_later_format_is_said_to_be_of_another_version(run, checkpoint: Path):
     content = saved()
     content["format"] += 1
+    torch.save(content, checkpoint)
+    assert_refused(run, checkpoint.read_bytes(), ANOTHER_VERSION)
+
+
+def test_a_checkpoint_with_a_setting_of_another_version_is_said_to_be_of_that(
+    run, checkpoint: Path
+):
+    content = saved()
     content["settings"]["curriculum"] = True
     torch.save(content, checkpoint)
-    assert_refused(run, checkpoint.read_bytes(), "from another version of this program")
+    assert_refused(run, checkpoint.read_bytes(), ANOTHER_VERSION, "no setting named curriculum")
 
 
 # -------------------------------------------- damage ----------------------------------------------
@@ -711,7 +986,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_files_that_are_no_checkpoints_are_refused(run, checkpoint: Path, kind: str):
-    assert_refused(run, FOREIGN[kind], "damaged or is not a checkpoint")
+    assert_refused(run, FOREIGN[kind], DAMAGED)
     assert not Path("exploded").exists()
 
 
@@ -722,35 +997,61 @@ def test_bytes_after_the_end_of_a_checkpoint_change_nothing(checkpoint: Path, is
 
 
 @pytest.mark.parametrize(
-    "fault",
-    ["code", "no average", "no epoch", "no check sum", "other widths", "other settings", "a list"],
+    "fault", ["code", "code in the settings", "no average", "no epoch", "no check sum", "a list"]
 )
 def test_sound_files_that_hold_something_else_are_refused(run, checkpoint: Path, fault: str):
     content = saved()
     if fault == "code":
         content["epoch"] = Bomb()
+    elif fault == "code in the settings":
+        content["settings"]["width"] = Bomb()
     elif fault == "no average":
         del content["average"]
     elif fault == "no epoch":
         del content["epoch"]
     elif fault == "no check sum":
         del content["data"]
-    elif fault == "other widths":
-        content["average"] = Generator(8, 6).state_dict()
-    elif fault == "other settings":
-        content["settings"]["curriculum"] = True
     elif fault == "a list":
         content = [1, 2]
     torch.save(content, checkpoint)
-    assert_refused(run, checkpoint.read_bytes(), "damaged or is not a checkpoint")
+    assert_refused(run, checkpoint.read_bytes(), DAMAGED)
     assert not Path("exploded").exists()
+
+
+def test_a_checkpoint_that_lacks_any_part_is_refused_by_resume_which_changes_nothing(
+    run, checkpoint: Path
+):
+    sound = saved()
+    for name in sound.keys() - {"format"}:  # without it, it is of the first format
+        content = sound.copy()
+        del content[name]
+        torch.save(content, checkpoint)
+        before = contents(".")
+        outcome = run("--resume", "--epochs", 9)
+        assert outcome.is_one_line(1, f"error: {checkpoint} ", name)
+        assert contents(".") == before
+
+
+@pytest.mark.parametrize("fault", ["wider", "with a layer more", "without a bias", "of a size"])
+def test_weights_of_other_networks_are_not_taken_for_damage(run, checkpoint: Path, fault: str):
+    content = saved()
+    if fault == "wider":
+        content["average"] = Generator(8, 6).state_dict()
+    elif fault == "with a layer more":
+        content["average"]["layers.12.weight"] = torch.zeros(3)
+    elif fault == "without a bias":
+        del content["average"]["layers.0.bias"]
+    elif fault == "of a size":
+        content["settings"]["width"] = 6
+    torch.save(content, checkpoint)
+    assert_refused(run, checkpoint.read_bytes(), OTHER_NETWORKS, "train again")
 
 
 def test_a_best_generator_is_no_checkpoint_to_go_on_with(run, checkpoint: Path):
     shutil.copyfile("result/generator_best.pt", checkpoint)
     before = contents(".")
     outcome = run("--resume", "--epochs", 2)
-    assert outcome.is_one_line(1, f"error: {checkpoint} is damaged or is not a checkpoint")
+    assert outcome.is_one_line(1, f"error: {checkpoint} {DAMAGED}")
     assert contents(".") == before
 
 
