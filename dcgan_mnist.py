@@ -31,20 +31,21 @@ The rooms of this file, from top to bottom. The first five are the algorithm:
     commands             train, generate, interpolate, evaluate
     command line         flags, errors, signals
 
-To change something, go there:
+To change something, go there, and try it with --dry-run:
 
-    a layer                     Generator or Discriminator; all else follows
-    the loss                    bce, training_step
+    a layer                     Generator or Discriminator
+    the loss                    training_step and update_generator; its label in curves
     an optimiser                DCGAN.__init__
-    a setting and its flag      a line in Settings
-    a recipe                    a line in RECIPES
+    a schedule of the rate      train_epochs, from gan.epoch, before step; with --graph off on a GPU
+    a setting and its flag      a line in Settings; networks take it in new_generator and DCGAN
     how digits become images    to_images
-    a number in the log         STATS, LOG_LINE and the last lines of training_step
+    a number in the log         STATS, LOG_LINE and the last lines of training_step, in one order
     a score                     a line in SCORES, a line in Scorer.scores
     a picture of a run          its function in the room pictures, a line in DRAWINGS
     a command                   its function, a line in COMMANDS, a flag in add_drawing_flags
 
-README.md says which files are written, and when.
+A run that is resumed by an edited program goes on with the edits. README.md says which files are
+written, and when.
 """
 
 import argparse
@@ -228,7 +229,8 @@ class Settings:
     """What shapes a run: the same settings and digits give the same run on the same machine.
 
     A line here is all that a new setting needs. Its flag, its place in the checkpoint and its
-    comparison on --resume follow from it. In a checkpoint that lacks it, it has its default.
+    comparison on --resume follow from it. A checkpoint that lacks it has the default, which
+    should thus be what was done before.
     """
 
     recipe: str = setting(
@@ -274,6 +276,11 @@ class Settings:
     # the two below have flags of another kind
     precision: str = "fp32"  # of the layers' arithmetic, or "bf16"; weights are always in fp32
     dry_run: bool = False  # only three steps an epoch
+
+
+def new_generator(settings: Settings) -> Generator:
+    """Return an untrained generator: runs and files that hold a trained one begin from it."""
+    return Generator(settings.latent_dim, settings.width)
 
 
 # ============================================= data =============================================
@@ -473,7 +480,7 @@ class DCGAN:
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         with seeded(stream_seed(settings.seed, FIRST_WEIGHTS), torch.device("cpu")):
-            self.generator = Generator(settings.latent_dim, settings.width).apply(weights_init)
+            self.generator = new_generator(settings).apply(weights_init)
             self.discriminator = Discriminator(settings.width).apply(weights_init)
         place(self.generator, device)
         place(self.discriminator, device)
@@ -830,9 +837,13 @@ class GraphedStep:
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
         self.replay: Step | None = None  # of full batches; the others fit no graph
+        # Adam starts from zero. Where another optimiser starts is known after a step only.
+        optimizers = (gan.optimizer_g, gan.optimizer_d)
+        self.can_be_put_back = all(o.state or isinstance(o, torch.optim.Adam) for o in optimizers)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
-        if len(real) < self.gan.settings.batch_size:
+        if len(real) < self.gan.settings.batch_size or not self.can_be_put_back:
+            self.can_be_put_back = True
             return training_step(self.gan, real, z)
         if self.replay is None:
             self.warm_up(real, z)
@@ -849,7 +860,7 @@ class GraphedStep:
                 training_step(self.gan, real, z)
         with torch.no_grad():
             for tensor in self.kept_by_optimizers():
-                tensor.zero_()  # where nothing was kept before, an optimiser starts from zero
+                tensor.zero_()  # from which Adam starts
             for tensor, value in before:
                 tensor.copy_(value)
 
@@ -1447,8 +1458,9 @@ class RunFolder:
             probe.unlink()
             for path in self.path.glob(".*.tmp"):
                 match = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}\.tmp", path.name)
-                if match and is_ours(match[1]) and time.time() - path.stat().st_mtime > 3600:
-                    path.unlink()
+                with suppress(FileNotFoundError):  # another command may be cleaning too
+                    if match and is_ours(match[1]) and time.time() - path.stat().st_mtime > 3600:
+                        path.unlink()
 
     def temporary(self, name: str) -> Path:
         """Return the path of a file before it is moved to its name: no other command has it."""
@@ -1635,7 +1647,7 @@ class TrainedGenerator:
         self.checkpoint = read_checkpoint(path)
         self.settings: Settings = self.checkpoint["settings"]
         with torch.random.fork_rng(devices=[]):  # new weights take the caller's random numbers
-            self.network = Generator(self.settings.latent_dim, self.settings.width)
+            self.network = new_generator(self.settings)
         load_weights({"average": self.network}, self.checkpoint, path)
         place(self.network, device).eval().requires_grad_(False)
 

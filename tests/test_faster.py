@@ -405,6 +405,23 @@ def test_graphed_steps_give_what_plain_steps_give(
     assert gpu.events == events[:first] + FIRST + events[first:]
 
 
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.Rprop, torch.optim.SGD])
+def test_a_graph_changes_nothing_for_optimisers_that_do_not_start_from_zero(
+    monkeypatch: pytest.MonkeyPatch, kind: type[torch.optim.Optimizer]
+):
+    results = []
+    for graphed in (False, True):
+        gan = new_gan(batch_size=20)
+        gan.optimizer_g = kind(gan.generator.parameters(), lr=0.002)
+        gan.optimizer_d = kind(gan.discriminator.parameters(), lr=0.002)
+        if graphed:
+            gpu = FakeGPU(monkeypatch)
+        step = step_of_a_gpu(gan) if graphed else partial(training_step, gan)
+        results.append(take_steps(gan, step, SIZES))
+    assert same(*results)
+    assert gpu.events[-1] == ("replay", 20)
+
+
 def test_a_graph_is_of_full_batches_and_the_last_one_of_an_epoch_is_a_plain_step(
     monkeypatch: pytest.MonkeyPatch,
 ):
