@@ -41,7 +41,7 @@ To change something, go there, and try it with --dry-run:
     how digits become images    to_images
     a number in the log         STATS, LOG_LINE and the last lines of training_step, in one order
     a score                     a line in SCORES, a line in Scorer.scores
-    a picture of a run          its function in the room pictures, a line in DRAWINGS
+    a picture of a run          its function in the room pictures, a line in PICTURES
     a command                   its function, a line in COMMANDS, a flag in add_drawing_flags
 
 A run that is resumed by an edited program goes on with the edits. README.md says which files are
@@ -208,7 +208,7 @@ def flag(name: str) -> str:
 
 def flags_of_recipe(name: str) -> str:
     """Return the flags that a recipe stands for, as one would type them."""
-    return " ".join(f"{flag(setting)} {value}" for setting, value in RECIPES[name].items())
+    return " ".join(f"{flag(key)} {value}" for key, value in RECIPES[name].items())
 
 
 def setting(
@@ -509,8 +509,8 @@ class DCGAN:
         weights, which draw badly, are soon forgotten; late ones, which waver, are averaged.
         """
         span = max(self.settings.ema * steps, 1)  # with 1 it equals the generator
-        average = get_ema_multi_avg_fn(decay=1 - 1 / span)
-        average(list(self.average.parameters()), list(self.generator.parameters()), None)
+        move_average = get_ema_multi_avg_fn(decay=1 - 1 / span)
+        move_average(list(self.average.parameters()), list(self.generator.parameters()), None)
 
     def fit_norm_statistics(self) -> None:
         """Give the averaged generator's BatchNorm layers the statistics of its own weights.
@@ -733,36 +733,29 @@ def full_fp32() -> Iterator[None]:
 
     On recent GPUs, PyTorch otherwise takes TF32 for convolutions, which keeps 10 bits of 23.
     """
-    switches = (
-        torch.backends.cudnn.conv,
-        torch.backends.cuda.matmul,
-        torch.backends.mkldnn.conv,
-        torch.backends.mkldnn.matmul,
-    )
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
+    with ExitStack() as stack:
+        for library in (torch.backends.cudnn, torch.backends.mkldnn):
+            switch(stack, library.conv, "fp32_precision", "ieee")
+        for library in (torch.backends.cuda, torch.backends.mkldnn):
+            switch(stack, library.matmul, "fp32_precision", "ieee")
         yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
+
+
+def switch(stack: ExitStack, owner: object, name: str, value: object) -> None:
+    """Set an attribute until a stack ends."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
 
 
 @contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
     """Compute the same every time; on a GPU, on a stream on which graphs can be recorded."""
-    deterministic = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(full_fp32())
-            if device.type == "cuda":
-                stack.enter_context(torch.cuda.device(device))
-                stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
-            yield
-    finally:
-        torch.backends.cudnn.deterministic = deterministic
+    with full_fp32(), ExitStack() as stack:
+        switch(stack, torch.backends.cudnn, "deterministic", True)
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+        yield
 
 
 # On CPUs, a convolution without padding is faster as one product of two matrices: its weights and
@@ -934,19 +927,21 @@ class SharedStep:
             if gan.device.type == "cuda":  # BatchNorm's statistics are then of the whole batch
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
             for parameter in network.parameters():
-                parameter.register_post_accumulate_grad_hook(lambda p: self.average(p.grad))
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: self.average_over_processes(p.grad)
+                )
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         own_z = [self.share(noise) for noise in z.split(len(real))]
         stats = training_step(self.gan, self.share(real), torch.cat(own_z))
-        self.average(stats)
+        self.average_over_processes(stats)
         return stats
 
     def share(self, batch: Tensor) -> Tensor:
         """Return this process's share of a batch (n, ...)."""
         return batch.tensor_split(dist.get_world_size())[dist.get_rank()]
 
-    def average(self, tensor: Tensor) -> None:
+    def average_over_processes(self, tensor: Tensor) -> None:
         """Replace a tensor by its mean over the processes, in all of them. Raises Failure."""
         with explained(LOST, RuntimeError):
             dist.all_reduce(tensor)
@@ -1274,6 +1269,7 @@ SCORE = "score.json"
 NEAREST = "nearest.png"
 # of a checkpoint: one more whenever Run.checkpoint changes; EXAMPLE has it too
 FORMAT = 5
+KEPT = ("epochs", "stats", "scores", "packed_samples", "table_bytes")  # of a Run, by checkpoints
 
 
 class Run:
@@ -1350,15 +1346,8 @@ class Run:
     def checkpoint(self) -> dict:
         """Return all that is needed to go on exactly."""
         parts = {name: part.state_dict() for name, part in self.gan.parts().items()}
-        return {
-            **self.header(),
-            **parts,
-            "epochs": self.epochs,
-            "stats": self.stats,
-            "scores": self.scores,
-            "packed_samples": self.packed_samples,
-            "table_bytes": self.table_bytes,
-        }
+        kept = {name: getattr(self, name) for name in KEPT}
+        return {**self.header(), **parts, **kept}
 
     def restore(self, checkpoint: dict, path: Path) -> None:
         """Go back to where a checkpoint was made. STATS and SCORES that it lacks are NaN."""
@@ -1384,13 +1373,13 @@ def epoch_picture(epoch: int) -> str:
     return f"generated_epoch_{epoch:03d}.png"
 
 
-DRAWINGS: dict[str, Callable[[Run], bytes]] = {  # anew after each epoch
+PICTURES: dict[str, Callable[[Run], bytes]] = {  # anew after each epoch
     "real_samples.png": lambda run: png(grid(run.real)),
     TIMELINE: lambda run: png(stacked(stages(run.samples, run.gan.epoch, run.real))),
     "training.gif": lambda run: animation(stages(run.samples, run.gan.epoch, run.real)),
     "loss_curve.png": lambda run: png(curves(run.stats, run.scores)),
 }
-FILES = (CHECKPOINT, BEST, HISTORY, *DRAWINGS)
+FILES = (CHECKPOINT, BEST, HISTORY, *PICTURES)
 FILES += (GENERATED, GENERATED_DIGITS, INTERPOLATION, SCORE, NEAREST)
 
 
@@ -1543,9 +1532,9 @@ class RunFolder:
             if not (self.path / name).exists():
                 with only_warned():
                     self.write(name, png(grid(run.samples(epoch))))
-        for name, drawing in DRAWINGS.items():
+        for name, picture in PICTURES.items():
             with only_warned():
-                self.write(name, drawing(run))
+                self.write(name, picture(run))
 
     def write_table(self, run: Run) -> None:
         """Append the last epoch to history.csv, or write all of it if the file is not as it was."""
@@ -1568,7 +1557,7 @@ def only_warned() -> Iterator[None]:
     try:
         yield
     except Failure as failure:
-        print(f"warning: {failure}; it is drawn again after the next epoch, or by --resume")
+        print(f"warning: {failure}; it is written again after the next epoch, or by --resume")
 
 
 def moved_away(path: Path) -> list[Path]:
@@ -1766,7 +1755,7 @@ def checkpoint_to_resume(given: dict[str, object], folder: RunFolder) -> dict:
     if folder.path.is_dir():
         folder.make()
         folder.take()
-    checkpoint = read_checkpoint(folder.path / CHECKPOINT, "epochs", "stats", "optimizer_d")
+    checkpoint = read_checkpoint(folder.path / CHECKPOINT, *KEPT)
     settings = checkpoint["settings"]
     if settings.dry_run:
         raise WrongInput(f"argument --resume: {folder.path} holds a dry run, which cannot go on")
@@ -1815,7 +1804,7 @@ def score_save_draw(
 ) -> None:
     """Take the training loop to its end; after each epoch: score, save, draw."""
     gan = run.gan
-    first = gan.epoch  # epochs done before this command
+    done_before = gan.epoch  # epochs done before this command
     saved = gan.epoch  # epochs in the checkpoint
     start = time.perf_counter()
     try:
@@ -1827,7 +1816,7 @@ def score_save_draw(
             saved = gan.epoch
             folder.write_pictures(run)
             taken = time.perf_counter() - start
-            left = taken / (saved - first) * (run.epochs - saved)
+            left = taken / (saved - done_before) * (run.epochs - saved)
             print(
                 f"saved to {folder.path} after {tqdm.format_interval(taken)}, "
                 f"{tqdm.format_interval(left)} left"
@@ -2138,7 +2127,7 @@ def parse_options(argv: Sequence[str]) -> Namespace:
 def run_command(options: Namespace) -> None:
     """Do what the command line asks for; a dry run in a temporary folder, if none is named."""
     device = pick_device(options.device)
-    drawing = [command for name, command in COMMANDS.items() if getattr(options, name)]
+    chosen = [command for name, command in COMMANDS.items() if getattr(options, name)]
     with ExitStack() as stack:
         path = options.output_dir or OUTPUT_DIR
         if options.dry_run and options.output_dir is None:
@@ -2146,10 +2135,10 @@ def run_command(options: Namespace) -> None:
             stack.callback(print, "The dry run's temporary folder is removed")
         folder = stack.enter_context(closing(RunFolder(path)))
         stack.enter_context(computing_on(device))
-        if not drawing:
+        if not chosen:
             train(options, device, folder)
         elif process_rank() == 0:
-            names = drawing[0](options, device, folder)
+            names = chosen[0](options, device, folder)
             print(f"saved {' and '.join(str(path / name) for name in names)}")
 
 

@@ -22,7 +22,7 @@ def data_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def quick_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the program write grey_curves instead of its own, which take longer than all else."""
-    monkeypatch.setitem(dcgan_mnist.DRAWINGS, "loss_curve.png", grey_curves)
+    monkeypatch.setitem(dcgan_mnist.PICTURES, "loss_curve.png", grey_curves)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def main(rank: str, argv: list[str]) -> int:
         return stats
 
     dcgan_mnist.training_step = step
-    dcgan_mnist.DRAWINGS["loss_curve.png"] = grey_curves
+    dcgan_mnist.PICTURES["loss_curve.png"] = grey_curves
     with dcgan_mnist.own_process():
         code = dcgan_mnist.main(argv)
     torch.save(seen, f"seen_{rank}.pt")

@@ -144,7 +144,7 @@ def change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Edits],
         path.write_text(source, encoding="utf-8")
         program = load_script(path)
         monkeypatch.setitem(sys.modules, "changed", program)
-        program.DRAWINGS["loss_curve.png"] = grey_curves
+        program.PICTURES["loss_curve.png"] = grey_curves
         return program
 
     monkeypatch.chdir(tmp_path)

@@ -44,7 +44,7 @@ from helpers import (
 
 import dcgan_mnist
 
-REAL_CURVES = dcgan_mnist.DRAWINGS["loss_curve.png"]  # which the fixture ``run`` replaces
+REAL_CURVES = dcgan_mnist.PICTURES["loss_curve.png"]  # which the fixture ``run`` replaces
 
 
 # ----------------------------------------- going on exactly ---------------------------------------
@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = [*SMALL, *THREE_STEPS, "--epochs", 4, "--device", "cpu"]
     argv += ["--data-dir", folder / "data", "--output-dir", folder / "result"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(dcgan_mnist.DRAWINGS, "loss_curve.png", grey_curves)
+        patch.setitem(dcgan_mnist.PICTURES, "loss_curve.png", grey_curves)
         assert dcgan_mnist.main([str(option) for option in argv]) == 0
     return folder / "result"
 
@@ -70,7 +70,7 @@ def test_a_resumed_run_ends_bit_identical(run, whole: Path, stops: list[int]):
 
 
 def test_a_resumed_run_draws_the_same_curves(run, monkeypatch):
-    monkeypatch.setitem(dcgan_mnist.DRAWINGS, "loss_curve.png", REAL_CURVES)
+    monkeypatch.setitem(dcgan_mnist.PICTURES, "loss_curve.png", REAL_CURVES)
     run(*THREE_STEPS, "--epochs", 2, "--output-dir", "whole")
     run(*THREE_STEPS, "--epochs", 1)
     assert run("--resume", "--epochs", 2).code == 0
@@ -532,7 +532,7 @@ def run_and_die(folder: Path, argv: list[str], line: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
-    dcgan_mnist.DRAWINGS["loss_curve.png"] = grey_curves
+    dcgan_mnist.PICTURES["loss_curve.png"] = grey_curves
     dcgan_mnist.find_scorer = lambda *_: MeanScorer({}, "test", torch.device("cpu"))
     sys.settrace(trace)
     try:
