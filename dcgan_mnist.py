@@ -1017,7 +1017,7 @@ def curves(stats: dict[str, Tensor], scores: dict[str, Tensor]) -> Image.Image:
         panels[1].plot(range(length, steps + 1, length), scores["fd"], marker=".", label="fd")
         panels[1].set(ylabel="Frechet distance to real digits", yscale="log")
     for panel in panels:
-        panel.grid(alpha=0.3)
+        panel.grid(alpha=0.3, which="both")
         panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -1423,7 +1423,8 @@ class RunFolder:
     def begin(self, dry_run: bool) -> None:
         """Make and take the folder, and move the files of an earlier run into one below it.
 
-        A dry run is refused where a run is. Raises Failure and leaves all files where they were.
+        A dry run is refused where there are such files. Raises Failure and leaves all files as they
+        were.
         """
         self.make()
         self.take()
