@@ -831,8 +831,11 @@ class GraphedStep:
         self.gan = gan
         self.replay: Step | None = None  # of full batches; the others fit no graph
         # Adam starts from zero. Where another optimiser starts is known after a step only.
-        optimizers = (gan.optimizer_g, gan.optimizer_d)
-        self.can_be_put_back = all(o.state or isinstance(o, torch.optim.Adam) for o in optimizers)
+        self.optimizers = (gan.optimizer_g, gan.optimizer_d)
+        self.can_be_put_back = all(
+            optimizer.state or isinstance(optimizer, torch.optim.Adam)
+            for optimizer in self.optimizers
+        )
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         if len(real) < self.gan.settings.batch_size or not self.can_be_put_back:
@@ -859,8 +862,7 @@ class GraphedStep:
 
     def kept_by_optimizers(self) -> list[Tensor]:
         """Return what both optimisers keep of the steps so far."""
-        optimizers = (self.gan.optimizer_g, self.gan.optimizer_d)
-        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
         return [value for state in states for value in state.values() if torch.is_tensor(value)]
 
     def record(self, graph_real: Tensor, graph_z: Tensor) -> Step:
@@ -2129,11 +2131,12 @@ def run_command(options: Namespace) -> None:
     """Do what the command line asks for; a dry run in a temporary folder, if none is named."""
     device = pick_device(options.device)
     chosen = [command for name, command in COMMANDS.items() if getattr(options, name)]
+    is_temporary = options.dry_run and options.output_dir is None
     with ExitStack() as stack:
         path = options.output_dir or OUTPUT_DIR
-        if options.dry_run and options.output_dir is None:
-            path = Path(stack.enter_context(TemporaryDirectory(prefix="dcgan_mnist_")))
-            stack.callback(print, "The dry run's temporary folder is removed")
+        if is_temporary:
+            temporary = TemporaryDirectory(prefix="dcgan_mnist_", ignore_cleanup_errors=True)
+            path = Path(stack.enter_context(temporary))
         folder = stack.enter_context(closing(RunFolder(path)))
         stack.enter_context(computing_on(device))
         if not chosen:
@@ -2141,6 +2144,8 @@ def run_command(options: Namespace) -> None:
         elif process_rank() == 0:
             names = chosen[0](options, device, folder)
             print(f"saved {' and '.join(str(path / name) for name in names)}")
+    if is_temporary:
+        print("The dry run's temporary folder is removed")
 
 
 def last_line(kind: str, message: object, rank: int) -> None:

@@ -624,6 +624,7 @@ def test_a_dry_run_that_fails_leaves_nothing_behind(run, temporary: Path, monkey
     assert outcome.code in (1, 2, 130)
     assert outcome.is_one_line(outcome.code)
     assert "--resume" not in outcome.err
+    assert "is removed" not in outcome.out
     assert "went well" not in outcome.out
     assert not any(Path().iterdir())
     assert not any(temporary.iterdir())
