@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # torch imports it at an optimiser's first step, and it makes a temporary folder
+import torch._dynamo  # an optimiser's first step imports it, which makes a temporary folder
 from helpers import SMALL, MeanScorer, Outcome, grey_curves, write_split
 
 import dcgan_mnist
