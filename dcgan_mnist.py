@@ -21,9 +21,10 @@ The rooms of this file, from top to bottom. The first five are the algorithm:
 
     networks             generator, discriminator, their first weights (weights_init), summaries
     settings             the numbers that shape a run, each with its flag; the recipes
-    data                 the real digits, their order in an epoch, random numbers
+    data                 digits as images, their order in an epoch, random numbers
     one training step    optimisers, loss, the two halves of the step; drawing from noise
     training             epochs, batches and their noise, log
+    dataset              MNIST's files, or pictures of your own
     speed                devices, precision, faster ways to take the same step
     pictures             grids of digits, curves
     scores               how good the drawn digits are
@@ -38,6 +39,7 @@ To change something, go there, and try it with --dry-run:
     an optimiser                DCGAN.__init__
     a schedule of the rate      train_epochs, from gan.epoch, before step; with --graph off on a GPU
     a setting and its flag      a line in Settings; networks take it in new_generator and DCGAN
+    what may be trained on      read_pictures; as_digit for pictures in a folder
     how digits become images    to_images
     a number in the log         STATS, LOG_LINE and the last lines of training_step, in one order
     a score                     a line in SCORES, a line in Scorer.scores
@@ -60,8 +62,8 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -84,7 +86,7 @@ from contextlib import (
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -271,7 +273,10 @@ class Settings:
         0, "random seed of the run, or of the noise from which to draw", low=0, high=2**32 - 1
     )
     split: str = setting(
-        "test", "MNIST's 10,000 test digits or 60,000 training digits", choices=("test", "train")
+        "test",
+        "MNIST's 10,000 test digits or 60,000 training digits, or a split of your own files in "
+        "MNIST's format",
+        choices=("test", "train"),
     )
     # the two below have flags of another kind
     precision: str = "fp32"  # of the layers' arithmetic, or "bf16"; weights are always in fp32
@@ -284,120 +289,6 @@ def new_generator(settings: Settings) -> Generator:
 
 
 # ============================================= data =============================================
-class Failure(Exception):  # noqa: N818 (no error of the program)
-    """Something outside the program went wrong, a full disk for one. The user gets the message."""
-
-
-class WrongInput(Failure):
-    """Something that the user got wrong, such as a flag."""
-
-
-Errors = type[Exception] | tuple[type[Exception], ...]
-
-
-@contextmanager
-def explained(
-    what: str, errors: Errors, advice: str = "", failure: type[Failure] = Failure
-) -> Iterator[None]:
-    """Turn errors into a Failure that says what went wrong, for what reason, and what to do."""
-    try:
-        yield
-    except (Failure, torch.OutOfMemoryError):
-        raise
-    except errors as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        message = f"{what} ({textwrap.shorten(reason, 200)})"
-        raise failure(f"{message}; {advice}" if advice else message) from error
-
-
-def load_digits(data_dir: Path, split: str) -> Tensor:
-    """Read the digits (n, 28, 28) of uint8 of a split, downloaded if it is missing.
-
-    The files may be plain or gzipped; nothing is unpacked. Raises Failure.
-    """
-    prefix = {"train": "train", "test": "t10k"}[split]
-    names = (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
-    folder = folder_of_digits(data_dir, prefix)
-    if folder is None:
-        folder = data_dir / "MNIST" / "raw"
-        download_digits(names, folder)
-    both = " and ".join(names)
-    # Exception: whatever the bytes of a damaged file can cause
-    with explained(f"{both} are missing or damaged", Exception, f"place sound ones in {folder}"):
-        digits, labels = (read_idx(folder / name) for name in names)
-        if digits.shape[1:] != (28, 28) or len(digits) != len(labels):
-            raise ValueError(f"found {tuple(digits.shape)} and {tuple(labels.shape)}")
-    return digits
-
-
-def folder_of_digits(data_dir: Path, prefix: str) -> Path | None:
-    """Return the folder with a split's files: MNIST/raw in the data folder, or else any there.
-
-    Return None if there is none. Raises WrongInput if there are several.
-    """
-    pattern = f"{prefix}-*-ubyte*"
-    usual = data_dir / "MNIST" / "raw"
-    if any(usual.glob(pattern)):
-        return usual
-    found = sorted({path.parent for path in data_dir.rglob(pattern)})
-    if len(found) > 1:
-        several = f"digits are in {found[0]} and {found[1]}; choose one of them"
-        raise WrongInput(f"argument --data-dir: {several}")
-    return found[0] if found else None
-
-
-def read_idx(path: Path) -> Tensor:
-    """Read a file in MNIST's format, or the same file gzipped, as a tensor of uint8."""
-    if path.exists():
-        content = path.read_bytes()
-    else:
-        content = gzip.decompress(path.with_name(f"{path.name}.gz").read_bytes())
-    zero, kind, dimensions = struct.unpack_from(">HBB", content)
-    if (zero, kind) != (0, 8):
-        raise ValueError(f"{path.name} is not an IDX file of uint8")
-    shape = struct.unpack_from(f">{dimensions}I", content, offset=4)
-    values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * dimensions)
-    return values.reshape(shape)
-
-
-def download_digits(names: tuple[str, str], folder: Path) -> None:
-    """Download a split's two files, gzipped, into a folder. Raises Failure."""
-    from torchvision.datasets import MNIST  # here and not above, for it takes a while
-
-    wanted = [source for source in MNIST.resources if source[0].removesuffix(".gz") in names]
-    what = f"{' and '.join(names)} are missing and cannot be downloaded"
-    with TemporaryDirectory() as temporary:
-
-        class OneSplit(MNIST):  # which wants the files of both splits, this one only those named
-            resources = wanted
-            raw_folder = temporary
-
-        with explained(what, Exception, f"place them in {folder}"):  # whatever networks can cause
-            OneSplit(temporary, train=names[0].startswith("train"), download=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                shutil.move(Path(temporary, f"{name}.gz"), folder)
-
-
-def sha256_of(digits: Tensor) -> str:
-    """Return the check sum that tells digits (n, 28, 28) of uint8 from others, in hexadecimal."""
-    return hashlib.sha256(digits.cpu().contiguous().numpy()).hexdigest()
-
-
-SPLIT_OF_DIGITS = {  # MNIST's splits by sha256_of all their digits
-    "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757": "train",
-    "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161": "test",
-}
-
-
-def bundled_digits(split: str) -> Tensor:
-    """Return MNIST's digits (n, 28, 28) of uint8. Raises Failure if others are in their place."""
-    digits = load_digits(BUNDLED, split)
-    if SPLIT_OF_DIGITS.get(sha256_of(digits)) != split:
-        raise Failure(f"the digits in {BUNDLED} are not MNIST's {split} split; scoring needs them")
-    return digits
-
-
 def to_images(digits: Tensor) -> Tensor:
     """Scale digits (n, 28, 28) of uint8 to images (n, 1, 28, 28) in [-1, 1]."""
     return digits.unsqueeze(1).float() / 127.5 - 1
@@ -623,6 +514,14 @@ def draw(generator: nn.Module, z: Tensor, precision: str = "fp32") -> Tensor:
 
 
 # =========================================== training ===========================================
+class Failure(Exception):  # noqa: N818 (no error of the program)
+    """Something outside the program went wrong, a full disk for one. The user gets the message."""
+
+
+class WrongInput(Failure):
+    """Something that the user got wrong, such as a flag."""
+
+
 # training_step for one DCGAN: (real, z) -> STATS, which the next step may overwrite
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -684,6 +583,301 @@ def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
     if not finite.all():
         step = finite.tolist().index(False) + 1
         raise Failure(f"training diverged at step {step} of {title}; start again with a lower --lr")
+
+
+# =========================================== dataset ============================================
+Errors = type[Exception] | tuple[type[Exception], ...]
+
+
+@contextmanager
+def explained(
+    what: str, errors: Errors, advice: str = "", failure: type[Failure] = Failure
+) -> Iterator[None]:
+    """Turn errors into a Failure that says what went wrong, for what reason, and what to do."""
+    try:
+        yield
+    except (Failure, torch.OutOfMemoryError):
+        raise
+    except errors as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        message = f"{what} ({textwrap.shorten(reason, 200)})"
+        raise failure(f"{message}; {advice}" if advice else message) from error
+
+
+class Unusable(Failure):
+    """A file or folder that holds no pictures of the kind that is wanted; the message says why."""
+
+
+ACCEPTED = (
+    "--data-dir takes a folder of pictures (PNG, JPEG ...), or 28 x 28 pixels of uint8 in MNIST's "
+    "format or in an .npy file; README.md has the list"
+)
+SPLIT_WORDS = {"train": ("train",), "test": ("test", "t10k")}  # in the names of files
+IDX_PICTURES = bytes([0, 0, 8, 3])  # how MNIST's format, IDX, begins: uint8 in three dimensions
+IDX_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
+NPY = b"\x93NUMPY"  # how an .npy file begins
+SILENCE = 30  # seconds for which a server may send nothing
+SPLIT_OF_DIGITS = {  # MNIST's splits by sha256_of all their digits
+    "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757": "train",
+    "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161": "test",
+}
+
+
+def sha256_of(digits: Tensor) -> str:
+    """Return the check sum that tells digits (n, 28, 28) of uint8 from others, in hexadecimal."""
+    return hashlib.sha256(digits.cpu().contiguous().numpy()).hexdigest()
+
+
+def load_pictures(
+    data_dir: Path | None, split: str, split_given: bool = False
+) -> tuple[Tensor, str]:
+    """Return the pictures (n, 28, 28) of uint8 to train on, and where they were found.
+
+    Without ``data_dir``, they are those of MNIST beside the program, and downloaded if they are
+    missing there. ``split_given`` tells that the user has asked for this split, which only files in
+    MNIST's format have. Raises WrongInput, or Failure if the program's own files are damaged.
+    """
+    if data_dir is None:
+        if not any(BUNDLED.rglob(f"{SPLIT_WORDS[split][-1]}-images*")):
+            download_mnist()
+        try:
+            return read_pictures(BUNDLED, split, split_given)
+        except Unusable as error:
+            raise Failure(f"{error}; git checkout MNIST restores the program's files") from error
+    try:
+        return read_pictures(data_dir, split, split_given)
+    except Unusable as error:
+        raise WrongInput(f"argument --data-dir: {error}; {ACCEPTED}") from error
+
+
+def bundled_digits(split: str) -> Tensor:
+    """Return MNIST's digits (n, 28, 28) of uint8. Raises Failure if others are in their place."""
+    digits, _ = load_pictures(None, split)
+    if SPLIT_OF_DIGITS.get(sha256_of(digits)) != split:
+        raise Failure(f"the digits in {BUNDLED} are not MNIST's {split} split; scoring needs them")
+    return digits
+
+
+def read_pictures(path: Path, split: str, split_given: bool) -> tuple[Tensor, str]:
+    """Read what a file or folder holds, whichever of the accepted kinds it is. Raises Failure."""
+    with explained(f"cannot read {path}", (OSError, ValueError), failure=Unusable):
+        is_folder = path.is_dir()
+        if not is_folder and not path.is_file():
+            raise Unusable(f"there is no file or folder {path}")
+        files = files_below(path) if is_folder else [path]
+        begins = {file: first_bytes(file, len(NPY)) for file in files if file.is_file()}
+    in_idx = [file for file, begin in begins.items() if begin.startswith(IDX_PICTURES)]
+    formats = Image.registered_extensions()  # by the endings of names
+    endings = {ending for ending, format in formats.items() if format in Image.OPEN}
+    pictures = [file for file in begins if is_folder and file.suffix.lower() in endings]
+    if in_idx:
+        digits, source = read_split(files, in_idx, split)
+        where = str(source)
+        if pictures:
+            both = f"{path} holds files in MNIST's format, which are read, and pictures, which"
+            print(f"{both} are not: {len(pictures):,}")
+    elif not pictures and begins.get(path) != NPY:
+        raise Unusable(f"cannot train on {path}: found {listing(files)}")
+    elif split_given:
+        raise WrongInput(f"argument --split: {path} has no splits; leave it out")
+    elif pictures:
+        digits = read_folder(pictures)
+        others = len(files) - len(pictures)
+        where = f"{path} (other files there: {others:,})" if others else str(path)
+    else:
+        digits = checked(read_array(path), path)
+        where = str(path)
+    if digits.max() == 1:
+        raise Unusable(f"the values in {path} are all 0 and 1, but white is 255")
+    pixels = digits.flatten(1)
+    blank = (pixels.amin(dim=1) == pixels.amax(dim=1)).sum().item()
+    if blank:
+        print(f"warning: of the pictures in {path}, {blank:,} have a single grey all over")
+    return digits, where
+
+
+def files_below(folder: Path) -> list[Path]:
+    """List what is in a folder and below it, also behind links, by name; no folders, none hidden.
+
+    Raises OSError for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    visited = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:  # links can lead round in a circle
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def open_unpacked(path: Path) -> BinaryIO:
+    """Open a file to read it; if it begins like a gzipped one, it is unpacked on the way."""
+    with path.open("rb") as file:
+        is_gzipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if is_gzipped else path.open("rb")
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the first bytes of a file, unpacked; none if it is gzipped and damaged there."""
+    with open_unpacked(path) as file:
+        try:
+            return file.read(count)
+        except (gzip.BadGzipFile, EOFError, zlib.error):
+            return b""
+
+
+def listing(files: list[Path]) -> str:
+    """Return the names of the first three files, and what those in the IDX format hold."""
+    names = []
+    for file in files[:3]:
+        name = file.name
+        begin = first_bytes(file, 4) if file.is_file() else b""
+        if len(begin) == 4 and begin[:2] == b"\0\0" and begin[2] in IDX_TYPES:
+            name += f" ({IDX_TYPES[begin[2]]} in the IDX format with {begin[3]} dimensions)"
+        names.append(name)
+    if len(files) > 3:
+        names.append(f"{len(files) - 3:,} more")
+    return ", ".join(names) or "no files"
+
+
+def fitting_splits(name: str) -> set[str]:
+    """Return the splits that a file of this name can hold: both if it says nothing of them."""
+    words = SPLIT_WORDS.items()
+    said = {split for split, of_split in words if any(word in name.lower() for word in of_split)}
+    return said or set(SPLIT_WORDS)
+
+
+def read_split(files: list[Path], in_idx: list[Path], split: str) -> tuple[Tensor, Path]:
+    """Read the one file in MNIST's format that holds a split, among all the files of a folder.
+
+    Files with the same pictures count as one. Raises Unusable if it is damaged, and WrongInput if
+    there is none or if there are several.
+    """
+    candidates = [file for file in in_idx if split in fitting_splits(file.name)]
+    if not candidates:
+        other = fitting_splits(in_idx[0].name).pop()
+        held = f"{in_idx[0]} holds the {other} split"
+        raise WrongInput(f"argument --data-dir: {held}; to train on it, add --split {other}")
+    sound: dict[Path, Tensor] = {}
+    damaged: dict[Path, Unusable] = {}
+    for file in candidates:
+        try:
+            with explained(f"{file} cannot be read or is damaged", Exception, failure=Unusable):
+                sound[file] = checked(read_idx(file), file)
+        except Unusable as error:
+            damaged[file] = error
+    for file in sound:
+        twin = file.with_suffix("") if file.suffix == ".gz" else file.with_name(f"{file.name}.gz")
+        if twin in files and twin not in sound:
+            damaged.pop(twin, None)
+            print(f"warning: {twin} cannot be read; {file} is read instead")
+    if not sound:
+        raise next(iter(damaged.values()))
+    if damaged or len({sha256_of(digits) for digits in sound.values()}) > 1:
+        several = " and ".join(str(file) for file in [*sound, *damaged])
+        raise WrongInput(
+            f"argument --data-dir: each of these may hold the {split} split: {several}; name one"
+        )
+    source, digits = next(iter(sound.items()))
+    return digits, source
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read a file of uint8 in MNIST's format, IDX, gzipped or not. Raises ValueError."""
+    with open_unpacked(path) as file:
+        content = file.read()
+    zero, kind, dimensions = struct.unpack_from(">HBB", content)
+    if (zero, kind) != (0, 8):
+        raise ValueError("it is not an IDX file of uint8")
+    shape = struct.unpack_from(f">{dimensions}I", content, offset=4)
+    values = np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * dimensions)
+    if len(values) != math.prod(shape):
+        raise ValueError(f"it has {len(values):,} values, not those of the shape {shape}")
+    return torch.from_numpy(values.reshape(shape))
+
+
+def read_array(path: Path) -> Tensor:
+    """Read the array in an .npy file, or the only one in an .npz file. Raises Unusable."""
+    # Exception: whatever numpy finds wrong with it
+    with explained(f"cannot read {path}", Exception, failure=Unusable):
+        begin = first_bytes(path, len(NPY))
+        if begin != NPY and not zipfile.is_zipfile(path):
+            raise ValueError("it is neither an .npy file nor an .npz file")
+        array = np.load(path, allow_pickle=False)
+        if begin != NPY:
+            with array as archive:
+                if len(archive.files) != 1:
+                    raise ValueError(f"it holds {len(archive.files)} arrays, not one")
+                array = archive[archive.files[0]]
+        return torch.from_numpy(array)
+
+
+def checked(pictures: Tensor, path: Path) -> Tensor:
+    """Return pictures as they are if they are of uint8 (n, 28, 28). Raises Unusable if not."""
+    shape = tuple(pictures.shape)
+    if pictures.dtype != torch.uint8 or shape[1:] != (28, 28) or len(pictures) == 0:
+        kind = str(pictures.dtype).removeprefix("torch.")
+        raise Unusable(f"{path} holds {kind} of shape {shape}, not uint8 of shape (n, 28, 28)")
+    return pictures
+
+
+def read_folder(paths: list[Path]) -> Tensor:
+    """Read files that each hold a picture: (n, 28, 28) of uint8. Raises WrongInput."""
+    digits = torch.empty(len(paths), 28, 28, dtype=torch.uint8)
+    shown = progress_bar(paths, desc="reading", unit="picture") if len(paths) >= 2000 else paths
+    for i, path in enumerate(shown):
+        what = f"argument --data-dir: cannot read the picture {path}"
+        # Exception: whatever Pillow finds wrong with it
+        advice = "remove it, or save it anew"
+        with explained(what, Exception, advice, WrongInput), Image.open(path) as picture:
+            digits[i] = torch.from_numpy(np.array(as_digit(picture)))
+    return digits
+
+
+def as_digit(picture: Image.Image) -> Image.Image:
+    """Return the centre of a picture, upright, in grey, 28 pixels wide and high, in mode L.
+
+    What is transparent becomes black. Of several pictures in a file, this is the first.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):  # more than 8 bits
+        levels = np.asarray(picture)
+        if picture.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its greys are not whole numbers of 8 or 16 bits")
+        picture = Image.fromarray((levels / 257).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+    return ImageOps.fit(picture.convert("L"), (28, 28))
+
+
+def download_mnist() -> None:
+    """Download the files of MNIST, gzipped, to where they lie beside the program. Raises Failure.
+
+    A server that is silent for SILENCE is given up.
+    """
+    print(f"MNIST is not in {BUNDLED}: downloading it", flush=True)
+    advice = f"place its files in {BUNDLED}, or name pictures by --data-dir"
+    # Exception: whatever a network can cause, or a torchvision that does not fit to torch
+    with explained("cannot download MNIST", Exception, advice), ExitStack() as stack:
+        from torchvision.datasets import MNIST  # here and not above, for it takes a while
+
+        temporary = stack.enter_context(TemporaryDirectory(prefix=".mnist_", dir=HOME))
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(SILENCE)
+        MNIST(temporary, download=True)
+        BUNDLED.mkdir(exist_ok=True)
+        for path in Path(temporary).rglob("*.gz"):
+            if not (BUNDLED / path.name).exists():
+                path.rename(BUNDLED / path.name)
 
 
 # ============================================ speed =============================================
@@ -1277,9 +1471,10 @@ KEPT = ("epochs", "stats", "scores", "packed_samples", "table_bytes")  # of a Ru
 class Run:
     """A run so far: all that its checkpoint holds and its pictures show."""
 
-    def __init__(self, gan: DCGAN, digits: Tensor, data_path: str | None, epochs: int) -> None:
+    def __init__(self, gan: DCGAN, digits: Tensor, data_dir: Path | None, epochs: int) -> None:
         self.gan = gan
-        self.data = {"sha256": sha256_of(digits), "path": data_path}  # None: the bundled digits
+        path = None if data_dir is None else os.path.abspath(data_dir)  # None: the bundled digits
+        self.data = {"sha256": sha256_of(digits), "path": path}
         order = order_of_epoch(digits, gan.settings.seed, epoch=1)
         self.real = digits[order[:SAMPLES]]  # those that training sees first
         self.epochs = epochs  # that it is to have in the end
@@ -1684,9 +1879,9 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
     with connected(device):
         first = process_rank() == 0
         settled = settle(options, device, folder) if first else None
-        settings, digits, data_path, epochs, checkpoint = from_first_process(settled)
+        settings, epochs, digits, source, data_dir, checkpoint = from_first_process(settled)
         gan = DCGAN(settings, device)
-        run = Run(gan, digits, data_path, epochs)
+        run = Run(gan, digits, data_dir, epochs)
         if checkpoint is not None:
             run.restore(checkpoint, folder.path / CHECKPOINT)
         elif first:  # only now, for it moves an earlier run away
@@ -1705,14 +1900,15 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
             print(f"{done}; to add more, give a larger --epochs")
             return
         scorer = find_scorer(run.data["sha256"], device)
-        announce(settings, device, len(digits), folder)
+        print(f"Training on {len(digits):,} pictures from {source}")
+        announce(settings, device, folder)
         score_save_draw(run, loop, scorer, folder)
 
 
 def settle(
     options: Namespace, device: torch.device, folder: RunFolder
-) -> tuple[Settings, Tensor, str | None, int, dict | None]:
-    """Return settings, digits and their path, number of epochs, and the checkpoint if any.
+) -> tuple[Settings, int, Tensor, str, Path | None, dict | None]:
+    """Return settings, number of epochs, digits, where they were found, --data-dir, checkpoint.
 
     Settings are those given; what is not given comes from the recipe, and then from the defaults. A
     run that goes on keeps its own. Raises Failure.
@@ -1729,25 +1925,25 @@ def settle(
         chosen = {"precision": precision} | recipe | given  # the last one wins
         settings = Settings(**chosen, dry_run=options.dry_run)
         epochs = 2 if options.dry_run else options.epochs or EPOCHS
-    data_path = options.data_dir and os.path.abspath(options.data_dir)
-    if checkpoint is not None and data_path is None:
-        data_path = checkpoint["data"]["path"]
-        if data_path is not None and not Path(data_path).exists():
-            gone = f"the run began with the digits in {data_path}, which is not there now"
-            raise WrongInput(f"argument --data-dir: {gone}; name their folder")
-    data_dir = options.data_dir or Path(data_path or BUNDLED)
-    digits = load_digits(data_dir, settings.split)
+    data_dir = options.data_dir
+    if checkpoint is not None and data_dir is None and checkpoint["data"]["path"] is not None:
+        data_dir = Path(checkpoint["data"]["path"])
+        if not data_dir.exists():
+            gone = f"the run began with the pictures in {data_dir}, which is not there now"
+            raise WrongInput(f"argument --data-dir: {gone}; name the place where they are")
+    digits, source = load_pictures(data_dir, settings.split, "split" in given)
     if checkpoint is not None and checkpoint["data"]["sha256"] != sha256_of(digits):
-        others = f"{data_dir} holds other digits than those the run started with"
-        raise WrongInput(f"argument --data-dir: {others}; name their folder")
+        others = f"{source} holds other pictures than those the run started with"
+        raise WrongInput(f"argument --data-dir: {others}; name the place where they are")
     count = len(digits)
     if settings.batch_size > count:
-        raise WrongInput(f"argument --batch-size: there are only {count} digits")
+        few = f"there are only {count} pictures; give a smaller number"
+        raise WrongInput(f"argument --batch-size: {few}")
     processes = dist.get_world_size() if started_by_torchrun() else 1
     if settings.batch_size % processes or 0 < count % settings.batch_size < processes:
         shares = f"{processes} processes cannot share every batch; choose another size"
         raise WrongInput(f"argument --batch-size: {shares}")
-    return settings, digits, data_path, epochs, checkpoint
+    return settings, epochs, digits, source, data_dir, checkpoint
 
 
 def checkpoint_to_resume(given: dict[str, object], folder: RunFolder) -> dict:
@@ -1782,7 +1978,7 @@ def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
     """Return the scorer of a run on these digits, or None, and print which."""
     seen = SPLIT_OF_DIGITS.get(digits_sha256)
     if seen is None:
-        print("This run will have no scores: its digits are not those of MNIST")
+        print("This run will have no scores: its pictures are not those of MNIST")
         return None
     try:
         scorer = Scorer(read_scorer(), seen, device)
@@ -1793,11 +1989,11 @@ def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
     return scorer
 
 
-def announce(settings: Settings, device: torch.device, count: int, folder: RunFolder) -> None:
-    """Print on how many digits training begins, where it computes and what there will be to see."""
+def announce(settings: Settings, device: torch.device, folder: RunFolder) -> None:
+    """Print where training computes and what there will be to see."""
     if settings.precision == "bf16" and not has_bf16(device):
         print(f"warning: this {device.type} has no bf16 arithmetic; fp32 is many times faster")
-    print(f"Training on {count:,} digits on {device.type} in {settings.precision}")
+    print(f"Computing on {device.type} in {settings.precision}")
     if not settings.dry_run:
         print(f"After each epoch, look at {folder.path / TIMELINE}")
 
@@ -1932,9 +2128,10 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
         trained, seed = find_generator(options, device, folder)
         seen = SPLIT_OF_DIGITS.get(trained.checkpoint["data"]["sha256"])
         if seen is None:
-            others = f"the run in {folder.path} was trained on digits other than those of MNIST"
+            others = f"the run in {folder.path} was trained on pictures other than MNIST's digits"
             raise WrongInput(f"argument --evaluate: {others}, which cannot be scored")
         digits = trained.draw(trained.noise(EVALUATED, seed))
+        prefix = ""
         source = {
             "of": str(trained.path),
             "epoch": trained.checkpoint["epoch"],
@@ -1942,7 +2139,8 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
             "settings": dataclasses.asdict(trained.settings),
         }
     else:
-        digits = read_digits(options.evaluate)
+        digits = read_drawings(options.evaluate)
+        prefix = f"{options.evaluate.stem}_"
         seen = given_settings(options).get("split", Settings.split)
         source = {"of": str(options.evaluate)}
     folder.make()
@@ -1950,6 +2148,8 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
     real = bundled_digits(seen)
     scores = scorer.evaluate(digits, real, bundled_digits(scorer.unseen))
     floor = scorer.floors.get(len(digits), {})
+    if not floor and len(digits) <= len(real):
+        floor = {"fd": scorer(some(real, len(digits)))["fd"]}
     print(score_table(scores, floor, len(digits), seen))
     report = {
         **scores,
@@ -1960,9 +2160,10 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
         "scorer_sha256": SCORER_SHA256,
         **source,
     }
-    folder.write(SCORE, json.dumps(report, indent=1).encode())
-    folder.write(NEAREST, png(nearest(digits, real)))
-    return [SCORE, NEAREST]
+    names = [f"{prefix}{SCORE}", f"{prefix}{NEAREST}"]
+    folder.write(names[0], json.dumps(report, indent=1).encode())
+    folder.write(names[1], png(nearest(digits, real)))
+    return names
 
 
 def score_table(scores: dict[str, float], floor: dict[str, float], count: int, seen: str) -> str:
@@ -1978,14 +2179,24 @@ def score_table(scores: dict[str, float], floor: dict[str, float], count: int, s
     return "\n".join(line.rstrip() for line in lines)
 
 
-def read_digits(path: Path) -> Tensor:
-    """Read digits (n, 28, 28) of uint8 that numpy has saved. Raises WrongInput."""
-    # Exception: whatever numpy finds wrong with it
-    with explained(f"argument --evaluate: {path}", Exception, failure=WrongInput):
-        digits = torch.from_numpy(np.load(path, allow_pickle=False))
-        if digits.dtype != torch.uint8 or digits.shape[1:] != (28, 28) or len(digits) < 2:
-            found = f"{digits.dtype} of shape {tuple(digits.shape)}"
-            raise ValueError(f"it holds {found}, not uint8 of shape (n, 28, 28) with n at least 2")
+def read_drawings(path: Path) -> Tensor:
+    """Read drawings (n, 28, 28) of uint8 to score. Raises WrongInput if they cannot be scored."""
+    try:
+        digits = checked(read_array(path), path)
+        if len(digits) < 2:
+            raise Unusable(f"{path} holds only one picture")
+        if digits.max() <= 1:
+            raise Unusable(f"the values in {path} are all at most 1, but white is 255")
+    except Unusable as error:
+        accepted = "--evaluate takes an .npy file, or an .npz file with one array, of uint8"
+        raise WrongInput(f"argument --evaluate: {error}; {accepted} (n, 28, 28)") from error
+    if len(digits) < SCORED:
+        few = f"FD depends on the number of pictures, and {len(digits):,} say little"
+        print(f"warning: {few}; {EVALUATED:,} are usual")
+    at_rim = torch.ones(28, 28, dtype=torch.bool)
+    at_rim[2:-2, 2:-2] = False
+    if digits[:, 7:21, 7:21].float().mean() < digits[:, at_rim].float().mean():
+        print(f"warning: {path} is darker in the middle than at the rim; MNIST is light on dark")
     return digits
 
 
@@ -2052,7 +2263,8 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=number_between(int, 1, 100_000), metavar="N", help=help)
     help = f"folder for the results (default: {OUTPUT_DIR})"
     group.add_argument("--output-dir", type=Path, metavar="DIR", help=help)
-    help = "folder with the files of the digits (default: MNIST, beside the program)"
+    help = "your own pictures: a folder with them, a file in MNIST's format or a folder with one, "
+    help += "or an .npy file, uint8 of shape (n, 28, 28) (default: MNIST, beside the program)"
     group.add_argument("--data-dir", type=Path, metavar="DIR", help=help)
     help = "print a line of the log every N steps (default: 100)"
     every = number_between(int, 1, 10**6)
@@ -2087,8 +2299,8 @@ def add_drawing_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--digit", type=number_between(int, 0, 9), metavar="D", help=help)
     help = "draw ten walks from one digit to another (default: off)"
     group.add_argument("--interpolate", action="store_true", help=help)
-    help = "score 10,000 digits; or those in an .npy file, uint8 of shape (n, 28, 28), drawn by "
-    help += "a model that was trained on --split (default: off)"
+    help = "score 10,000 digits; or those in an .npy or .npz file, uint8 of shape (n, 28, 28), "
+    help += "drawn by a model that was trained on --split (default: off)"
     group.add_argument("--evaluate", type=Path, nargs="?", const=THE_RUN, metavar="FILE", help=help)
     help = "use the generator of the epoch with the lowest FD (default: of the last epoch)"
     group.add_argument("--best", action="store_true", help=help)

@@ -30,7 +30,7 @@ from dcgan_mnist import (
     SCORED,
     Classifier,
     Scorer,
-    load_digits,
+    load_pictures,
     moments,
     read_idx,
     some,
@@ -54,7 +54,7 @@ def random_numbers(seed: int, stream: int) -> torch.Generator:
 def load_labels(split: str) -> Tensor:
     """Read the labels (n,) of a split's digits."""
     prefix = {"train": "train", "test": "t10k"}[split]
-    return read_idx(BUNDLED / "MNIST" / "raw" / f"{prefix}-labels-idx1-ubyte").long()
+    return read_idx(BUNDLED / f"{prefix}-labels-idx1-ubyte.gz").long()
 
 
 def train(digits: Tensor, labels: Tensor, seed: int) -> Classifier:
@@ -90,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    digits = {split: load_digits(BUNDLED, split) for split in ("train", "test")}
+    digits = {split: load_pictures(BUNDLED, split)[0] for split in ("train", "test")}
     labels = {split: load_labels(split) for split in digits}
     classifier = train(digits["train"], labels["train"], options.seed)
     judged = {split: classifier.judge(digits[split]) for split in digits}

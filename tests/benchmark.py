@@ -62,8 +62,8 @@ class BundledDigits(MNIST):
 
     def __init__(self, transform: Callable) -> None:
         VisionDataset.__init__(self, dcgan_mnist.BUNDLED, transform=transform)
-        self.data = dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test")
-        labels = dcgan_mnist.BUNDLED / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+        self.data = dcgan_mnist.load_pictures(None, "test")[0]
+        labels = dcgan_mnist.BUNDLED / "t10k-labels-idx1-ubyte.gz"
         self.targets = dcgan_mnist.read_idx(labels)
 
 
@@ -105,7 +105,7 @@ def program_loop(device: torch.device, settings: Settings) -> Loop:
     """Train as the program does; a step for each item."""
     gan = dcgan_mnist.DCGAN(settings, device)
     step = dcgan_mnist.fastest_step(gan)
-    digits = dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test").to(device)
+    digits = dcgan_mnist.load_pictures(None, "test")[0].to(device)
     noise = dcgan_mnist.random_stream(settings.seed, dcgan_mnist.NOISE, epoch=1, device=device)
     steps = 0
     while True:
@@ -215,7 +215,7 @@ def seconds_to_first_step(folder: str, sizes: Settings) -> float:
 
 def seconds_between_epochs(folder: str, sizes: Settings, epochs: int) -> list[float]:
     """Return how long each epoch of a run takes from its last step until all is saved and drawn."""
-    half = len(dcgan_mnist.load_digits(dcgan_mnist.BUNDLED, "test")) // 2
+    half = len(dcgan_mnist.load_pictures(None, "test")[0]) // 2
     flags = ["--output-dir", folder, "--epochs", str(epochs), "--log-every", "1"]
     command = command_of(sizes, *flags, "--batch-size", str(half))  # two steps an epoch
     seconds = []

@@ -78,7 +78,7 @@ def fake_scores(
 @pytest.fixture
 def known_digits(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the program take the data_dir fixture's digits for MNIST's test split."""
-    digits = dcgan_mnist.load_digits(data_dir, "test")
+    digits = dcgan_mnist.load_pictures(data_dir, "test")[0]
     monkeypatch.setitem(dcgan_mnist.SPLIT_OF_DIGITS, dcgan_mnist.sha256_of(digits), "test")
 
 

@@ -76,12 +76,10 @@ def write_idx(path: Path, values: torch.Tensor) -> None:
 
 
 def write_split(data_dir: Path, count: int, split: str = "t10k") -> torch.Tensor:
-    """Write a split of random digits where the program looks for MNIST; return the digits."""
+    """Write a split of random digits in MNIST's format; return the digits."""
     digits = torch.randint(0, 256, (count, 28, 28), generator=torch.Generator().manual_seed(count))
     digits = digits.byte()
-    raw = data_dir / "MNIST" / "raw"
-    write_idx(raw / f"{split}-images-idx3-ubyte", digits)
-    write_idx(raw / f"{split}-labels-idx1-ubyte", torch.arange(count).remainder(10).byte())
+    write_idx(data_dir / f"{split}-images-idx3-ubyte", digits)
     return digits
 
 

@@ -381,7 +381,7 @@ def test_a_run_from_before_a_setting_was_added_goes_on_with_its_default(
     ("place", "hint"),
     [
         ("pick_device", "to start over, run the same command"),
-        ("load_digits", "to start over, run the same command"),
+        ("load_pictures", "to start over, run the same command"),
         ("fastest_step", "to start over, run the same command"),
         ("training_step", "to start over, run the same command"),
         ("draw", "to start over, run the same command"),

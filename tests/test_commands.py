@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.context import BaseContext
@@ -257,12 +258,10 @@ def test_a_run_goes_on_with_no_other_digits_than_its_own(
         digits = digits[:59]
     else:
         digits = digits[:5]
-    raw = Path("other/MNIST/raw")
-    write_idx(raw / "t10k-images-idx3-ubyte", digits)
-    write_idx(raw / "t10k-labels-idx1-ubyte", torch.zeros(len(digits), dtype=torch.uint8))
+    write_idx(Path("other/t10k-images-idx3-ubyte"), digits)
     before = contents(".")
     outcome = run("--resume", "--epochs", 4, "--data-dir", "other")
-    assert outcome.is_one_line(2, "error: argument --data-dir: ", "other holds other digits")
+    assert outcome.is_one_line(2, "error: argument --data-dir: ", "holds other pictures")
     assert contents(".") == before
 
     shutil.copytree(data_dir, "same")
@@ -384,7 +383,7 @@ def raise_sigint(*_: object) -> None:
 
 
 @pytest.mark.usefixtures("mean_scorer")
-@pytest.mark.parametrize("name", ["load_digits", "find_scorer", "announce"])
+@pytest.mark.parametrize("name", ["load_pictures", "find_scorer", "announce"])
 def test_ctrl_c_before_training_ends_with_one_line(run, monkeypatch, name: str):
     monkeypatch.setattr(dcgan_mnist, name, raise_sigint)
     outcome = run()
@@ -929,9 +928,10 @@ def test_a_named_folder_without_a_run_stays_an_error(run, folder: str):
 
 
 # --------------------------------------------- evaluate -------------------------------------------
-def score() -> dict:
-    """Return what is in score.json."""
-    return json.loads(Path("result/score.json").read_text())
+def score(of_file: str = "") -> dict:
+    """Return what is in the file with the score of the run, or of a file."""
+    name = f"{of_file}_score.json" if of_file else "score.json"
+    return json.loads(Path("result", name).read_text())
 
 
 @pytest.mark.usefixtures("mean_scorer")
@@ -954,7 +954,7 @@ def test_evaluate_scores_the_run_with_10_000_digits(run):
 
     run("--generate", 10_000)
     run("--evaluate", "result/generated.npy")
-    of_file = score()
+    of_file = score("generated")
     assert of_file["of"] == str(Path("result/generated.npy"))
     for name in (*dcgan_mnist.SCORES, *DEPTH, "floor", "count", "seen"):
         assert of_file[name] == of_run[name]
@@ -990,40 +990,76 @@ def test_a_run_on_other_digits_is_not_scored(run, data_dir: Path, best: list[str
 
 
 def test_evaluate_scores_real_digits_as_well_as_their_floor(run, tmp_path: Path):
-    digits = dcgan_mnist.some(dcgan_mnist.load_digits(ROOT / "MNIST", "test"), 2000)
+    digits = dcgan_mnist.some(dcgan_mnist.bundled_digits("test"), 2000)
     np.save(tmp_path / "real.npy", digits.numpy())
     outcome = run("--evaluate", tmp_path / "real.npy", "--output-dir", "new/folder")
     assert (outcome.code, outcome.err) == (0, "")
-    of_file = json.loads(Path("new/folder/score.json").read_text())
+    of_file = json.loads(Path("new/folder/real_score.json").read_text())
     assert of_file["count"] == 2000
+    assert outcome.warnings() == []
     for name, floor in of_file["floor"].items():
         assert of_file[name] == pytest.approx(floor, rel=0.02)
     rows = {line.split()[0]: line.split()[1:] for line in outcome.out.splitlines()[2:-2]}
     assert list(rows) == [*dcgan_mnist.SCORES, *DEPTH]
     assert rows["digits"] == ["10", "10"]
-    assert set(contents("new/folder")) == {"score.json", "nearest.png"}
+    assert set(contents("new/folder")) == {"real_score.json", "real_nearest.png"}
 
 
 @pytest.mark.usefixtures("mean_scorer")
-def test_another_number_of_digits_has_no_floor_beside_it(run):
-    digits = dcgan_mnist.load_digits(ROOT / "MNIST", "test")[:777]
-    np.save("digits.npy", digits.numpy())
+@pytest.mark.parametrize(
+    ("count", "warned"), [(20, True), (1999, True), (2000, False), (3000, False)]
+)
+def test_few_digits_are_warned_of_and_stand_beside_as_many_real_ones(run, count: int, warned: bool):
+    real = dcgan_mnist.bundled_digits("train")
+    np.save("digits.npy", real[:count].numpy())
     outcome = run("--evaluate", "digits.npy", "--split", "train")
-    assert score()["floor"] == {}
-    assert score()["seen"] == "train"
-    assert "777 digits of a model that has seen MNIST's train split" in outcome.out
-    assert "real digits" not in outcome.out
+    floor = 1.0 if count == 2000 else dcgan_mnist.some(real, count).float().mean().item()
+    assert score("digits")["floor"]["fd"] == floor
+    assert score("digits")["seen"] == "train"
+    assert f"{count:,} digits of a model that has seen MNIST's train split" in outcome.out
+    assert re.search(rf"^fd +\S+ +{floor:.4g}$", outcome.out, re.MULTILINE)
+    assert len(outcome.warnings()) == warned
+    if warned:
+        assert f"FD depends on the number of pictures, and {count:,} " in outcome.warnings()[0]
+
+
+@pytest.mark.usefixtures("mean_scorer")
+def test_dark_digits_on_light_are_warned_of(run):
+    digits = dcgan_mnist.bundled_digits("test")[:2000]
+    np.save("light.npy", digits.numpy())
+    np.save("dark.npy", 255 - digits.numpy())
+    assert run("--evaluate", "light.npy").warnings() == []
+    (warning,) = run("--evaluate", "dark.npy").warnings()
+    assert "dark.npy is darker in the middle" in warning
+    assert "MNIST is light on dark" in warning
+
+
+@pytest.mark.usefixtures("mean_scorer")
+def test_the_score_of_a_file_and_that_of_a_run_stand_side_by_side_and_stay_where_they_are(run):
+    run(*THREE_STEPS, "--epochs", 1)
+    run("--evaluate")
+    before = contents("result")
+    np.savez("my.model.npz", dcgan_mnist.bundled_digits("test")[:2000].numpy())
+    outcome = run("--evaluate", "my.model.npz")
+    files = {"my.model_score.json", "my.model_nearest.png"}
+    assert set(contents("result")) - set(before) == files
+    assert contents("result").items() > before.items()
+    assert all(str(Path("result", name)) in outcome.out for name in files)
+    of_file = {name: contents("result")[name] for name in files}
+    run(*THREE_STEPS, "--epochs", 1)
+    assert contents("result").items() > of_file.items()
+    assert "previous_001/score.json" in contents("result")
 
 
 @pytest.mark.usefixtures("mean_scorer")
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_nearest_shows_digits_above_the_real_ones_nearest_to_them(run, split: str):
-    real = dcgan_mnist.load_digits(ROOT / "MNIST", split)
+    real = dcgan_mnist.bundled_digits(split)
     digits = real[20:40].clone()
     digits[:, :3] = 9
     np.save("digits.npy", digits.numpy())
     assert run("--evaluate", "digits.npy", "--split", split).code == 0
-    rows = digits_in("result/nearest.png", rows=4).view(4, 10, 28, 28)
+    rows = digits_in("result/digits_nearest.png", rows=4).view(4, 10, 28, 28)
     assert torch.equal(rows[0], digits[:10])
     assert torch.equal(rows[1], real[20:30])
     assert torch.equal(rows[2], digits[10:])
@@ -1042,19 +1078,37 @@ NO_DIGITS = {
     "flat": np.zeros((5, 784), np.uint8),
     "colour": np.zeros((5, 28, 28, 3), np.uint8),
     "code": np.array([Bomb()]),
-    "one": np.zeros((1, 28, 28), np.uint8),
+    "one": np.full((1, 28, 28), 9, np.uint8),
+    "none": np.zeros((0, 28, 28), np.uint8),
+    "black": np.zeros((5, 28, 28), np.uint8),
+    "zeros and ones": np.arange(5 * 784, dtype=np.uint8).reshape(5, 28, 28) % 2,
 }
 
 
 @pytest.mark.usefixtures("mean_scorer")
-@pytest.mark.parametrize("kind", ["missing", "text", *NO_DIGITS])
+@pytest.mark.parametrize(
+    "kind", ["missing", "text", "picture", "arrays", "archive", "folder", *NO_DIGITS]
+)
 def test_files_that_hold_no_digits_are_refused(run, kind: str):
     path = Path("digits.npy")
     if kind == "text":
         path.write_text("digits")
+    elif kind == "picture":
+        dcgan_mnist.grid(torch.zeros(1, 28, 28).byte()).save(path, "PNG")
+    elif kind == "arrays":
+        with path.open("wb") as file:
+            np.savez(file, one=np.ones(1), two=np.ones(2))
+    elif kind == "archive":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("digits.txt", "7")
+    elif kind == "folder":
+        path.mkdir()
     elif kind in NO_DIGITS:
         np.save(path, NO_DIGITS[kind])
-    assert run("--evaluate", path).is_one_line(2, "error: argument --evaluate: ", "digits.npy")
+    outcome = run("--evaluate", path)
+    accepted = (".npy", ".npz", "uint8", "(n, 28, 28)")
+    assert outcome.is_one_line(2, "error: argument --evaluate: ", "digits.npy", *accepted)
+    assert "pickle" not in outcome.err or kind == "code"
     assert not Path("result").exists()
     assert not Path("exploded").exists()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LOG_LINE, ROOT, RUN_FILES, SMALL, write_split
+from helpers import LOG_LINE, ROOT, RUN_FILES, SMALL, write_idx, write_split
 
 import dcgan_mnist
 
@@ -109,6 +109,8 @@ def small_clone(tmp_path: Path) -> Path:
     (clone / "tests" / "benchmark.py").write_text(benchmark, encoding="utf-8")
     write_split(clone / "MNIST", 100)
     write_split(clone / "MNIST", 100, "train")
+    labels = torch.arange(100).remainder(10).byte()
+    write_idx(clone / "MNIST" / "t10k-labels-idx1-ubyte.gz", labels)
     shutil.copy(dcgan_mnist.SCORER, clone / "MNIST")
     return clone
 

@@ -31,10 +31,11 @@ from dcgan_mnist import (
     BUNDLED,
     Classifier,
     Scorer,
+    bundled_digits,
     density_and_coverage,
     frechet_distance,
     load_classifier,
-    load_digits,
+    load_pictures,
     moments,
     read_idx,
     read_scorer,
@@ -147,15 +148,14 @@ def classifier() -> Classifier:
 def bundled_labels(split: str) -> torch.Tensor:
     """Return the labels (n,) of MNIST's digits."""
     prefix = {"train": "train", "test": "t10k"}[split]
-    return read_idx(BUNDLED / "MNIST" / "raw" / f"{prefix}-labels-idx1-ubyte")
+    return read_idx(BUNDLED / f"{prefix}-labels-idx1-ubyte.gz")
 
 
 @pytest.fixture(scope="session")
 def judged(classifier: Classifier) -> Judged:
     """What it makes of 10,000 digits of each split: features (n, 64), probabilities (n, 10)."""
     return {
-        split: classifier.judge(some(load_digits(BUNDLED, split), 10_000))
-        for split in ("train", "test")
+        split: classifier.judge(some(bundled_digits(split), 10_000)) for split in ("train", "test")
     }
 
 
@@ -212,7 +212,7 @@ def test_a_missing_digit_costs_many_times_the_floor(judged: Judged, seen: str):
 
 def test_the_distance_grows_with_noise(classifier: Classifier):
     scorer = Scorer(read_scorer(), "test", CPU)
-    digits = some(load_digits(BUNDLED, "test"), 2000)
+    digits = some(bundled_digits("test"), 2000)
     distances = [scorer.floors[2000]["fd"]]
     stream = torch.Generator().manual_seed(0)
     for level in (16, 32, 64):  # grey levels
@@ -233,7 +233,7 @@ def test_one_digit_alone_scores_badly(judged: Judged):
 
 def test_digits_blended_with_others_are_not_recognised_with_confidence():
     scorer = Scorer(read_scorer(), "test", CPU)
-    digits = some(load_digits(BUNDLED, "test"), 1000)
+    digits = some(bundled_digits("test"), 1000)
     blends = digits[:500] // 2 + digits[500:] // 2
     assert scorer(blends)["confident"] < 0.8
 
@@ -241,12 +241,12 @@ def test_digits_blended_with_others_are_not_recognised_with_confidence():
 def test_copies_of_what_training_saw_are_found_out_also_shifted(
     classifier: Classifier, judged: Judged
 ):
-    seen = some(load_digits(BUNDLED, "test"), 10_000)
+    seen = some(bundled_digits("test"), 10_000)
     shifted = classifier.judge(seen[:2000].roll(1, dims=2))[0]
     features = {split: judged[split][0] for split in judged}
     assert share_of_copies(features["test"][:2000], features["test"], features["train"]) == 1.0
     assert share_of_copies(shifted, features["test"], features["train"]) > 0.9
-    others = load_digits(BUNDLED, "train")[:4000]
+    others = bundled_digits("train")[:4000]
     new = classifier.judge(others)[0]
     known = torch.cdist(new, features["train"]).amin(dim=1) < 0.1  # among the 10,000
     share = share_of_copies(new[~known], features["test"], features["train"])
@@ -303,9 +303,10 @@ def maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """MNIST/make_scorer.py, beside data with 100 digits to learn and 60 others."""
     module = load_script(ROOT / "MNIST" / "make_scorer.py")
     for split, prefix, count in (("train", "train", 100), ("test", "t10k", 60)):
-        raw = tmp_path / "few" / "MNIST" / "raw"
-        write_idx(raw / f"{prefix}-images-idx3-ubyte", load_digits(BUNDLED, split)[:count])
-        write_idx(raw / f"{prefix}-labels-idx1-ubyte", bundled_labels(split)[:count])
+        images = tmp_path / "few" / f"{prefix}-images-idx3-ubyte"
+        write_idx(images, bundled_digits(split)[:count])
+        labels = tmp_path / "few" / f"{prefix}-labels-idx1-ubyte.gz"
+        write_idx(labels, bundled_labels(split)[:count])
     monkeypatch.setattr(module, "BUNDLED", tmp_path / "few")
     return module
 
@@ -331,7 +332,7 @@ def test_the_maker_writes_what_the_program_reads(
     monkeypatch.setattr(dcgan_mnist, "SCORER_SHA256", checksum)
     shipped = torch.load(BUNDLED / "scorer.pt", weights_only=True)
     assert content.keys() == shipped.keys()
-    digits = {split: load_digits(maker.BUNDLED, split) for split in ("train", "test")}
+    digits = {split: load_pictures(maker.BUNDLED, split)[0] for split in ("train", "test")}
     for seen in ("train", "test"):
         scorer = Scorer(read_scorer(), seen, CPU)
         assert scorer.floors.keys() == {2000, 10_000}
@@ -398,9 +399,7 @@ def test_other_data_goes_without_scores_and_says_so(run):
 
 
 def test_digits_cut_from_mnist_go_without_scores(run, data_dir: Path):
-    raw = data_dir / "MNIST" / "raw"
-    write_idx(raw / "t10k-images-idx3-ubyte", load_digits(BUNDLED, "test")[:9999])
-    write_idx(raw / "t10k-labels-idx1-ubyte", bundled_labels("test")[:9999])
+    write_idx(data_dir / "t10k-images-idx3-ubyte", bundled_digits("test")[:9999])
     assert "not those of MNIST" in without_scores(run, "--batch-size", 3333)
 
 
@@ -554,7 +553,7 @@ def go_on(run: dcgan_mnist.Run, epochs: int, lr_g: float, lr_d: float) -> None:
     """Train a run for some more epochs with other learning rates, and score each."""
     run.gan.optimizer_g.param_groups[0]["lr"] = lr_g
     run.gan.optimizer_d.param_groups[0]["lr"] = lr_d
-    digits = load_digits(BUNDLED, "test")[:2000]
+    digits = bundled_digits("test")[:2000]
     step = functools.partial(dcgan_mnist.training_step, run.gan)
     scorer = Scorer(read_scorer(), "test", CPU)
     for stats in dcgan_mnist.train_epochs(run.gan, step, digits, run.gan.epoch + epochs, 1000):
@@ -565,8 +564,8 @@ def test_real_collapses_are_warned_of_and_the_healthy_run_before_them_is_not(
     capsys: pytest.CaptureFixture[str],
 ):
     gan = new_gan(width=8, latent_dim=100, beta2=0.99, seed=1)
-    digits = load_digits(BUNDLED, "test")[:2000]
-    healthy = dcgan_mnist.Run(gan, digits, data_path=None, epochs=6)
+    digits = bundled_digits("test")[:2000]
+    healthy = dcgan_mnist.Run(gan, digits, data_dir=None, epochs=6)
     go_on(healthy, 3, lr_g=0.03, lr_d=0.03)
     assert "warning" not in capsys.readouterr().out
     diverging = copy.deepcopy(healthy)

@@ -306,7 +306,7 @@ def test_auto_precision_is_the_fastest_and_another_can_be_asked_for(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": hardware})
     outcome = run(*THREE_STEPS, "--epochs", 1, "--precision", asked)
     assert saved()["settings"]["precision"] == given
-    assert f"Training on 60 digits on cpu in {given}" in outcome.out.splitlines()
+    assert f"Computing on cpu in {given}" in outcome.out.splitlines()
     assert len(outcome.warnings()) == warnings
 
 
@@ -407,7 +407,7 @@ def test_pictures_scores_and_generate_draw_with_the_averaged_weights(
     monkeypatch.setattr(MeanScorer, "__call__", score)
     run(*THREE_STEPS, "--epochs", 3, "--lr", 0.01, "--precision", precision)
     gan = new_gan()
-    trained = Run(gan, dcgan_mnist.load_digits(data_dir, "test"), None, epochs=3)
+    trained = Run(gan, dcgan_mnist.load_pictures(data_dir, "test")[0], None, epochs=3)
     trained.restore(saved(), Path("result/checkpoint.pt"))
     z = make_noise(SCORED, 8, 0, DRAWING)
     assert torch.equal(scored[-1], draw(gan.average, z, precision))
