@@ -276,7 +276,7 @@ def settings_of_record(device: torch.device, folder: str, sizes: Settings) -> tu
     _, _, _, *flags = command_of(sizes, *RECORD)
     options = dcgan_mnist.parse_options(flags)
     new_folder = dcgan_mnist.RunFolder(Path(folder))
-    settings, digits, _, epochs, _ = dcgan_mnist.settle(options, device, new_folder)
+    settings, epochs, digits, *_ = dcgan_mnist.settle(options, device, new_folder)
     return settings, epochs * math.ceil(len(digits) / settings.batch_size)
 
 

@@ -561,7 +561,7 @@ def second_of_two(connection: FakeConnection, monkeypatch: pytest.MonkeyPatch) -
     def receive(values: list) -> None:
         settings = Settings(batch_size=20, width=4, latent_dim=8)
         digits = torch.zeros(60, 28, 28, dtype=torch.uint8)
-        values[0] = (settings, digits, None, 1, None)
+        values[0] = (settings, 1, digits, "a file", None, None)
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(distributed, "broadcast_object_list", receive)

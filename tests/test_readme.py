@@ -30,7 +30,12 @@ OTHER_COMMANDS = {
     "python tests/benchmark.py --to-quality",
     "torchrun --standalone --nproc-per-node=2 dcgan_mnist.py --epochs 10",
 }
-PROGRAM_COMMANDS = sorted(COMMANDS - OTHER_COMMANDS)
+OWN_PICTURES = [  # the example of its section, whose first command makes what the second one reads
+    "python dcgan_mnist.py --generate 1000 --digit 7",
+    "python dcgan_mnist.py --data-dir result/generated.npy --recipe tuned --epochs 50 "
+    "--output-dir sevens",
+]
+PROGRAM_COMMANDS = sorted(COMMANDS - OTHER_COMMANDS - set(OWN_PICTURES))
 DRAWS = ("--generate", "--interpolate", "--evaluate")
 
 
@@ -72,6 +77,24 @@ def test_a_command_that_draws_works_on_a_fresh_clone(
     for path in re.findall(r"(\S+\.\w+)(?: and |$)", last.removeprefix("saved ")):
         assert Path(path).exists()
     assert any(Path("result").iterdir())
+
+
+def test_the_example_trains_on_pictures_of_ones_own(
+    tmp_path: Path,
+    quick_curves: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    example = "\n".join(f"    {command}" for command in OWN_PICTURES)
+    assert f"\n{example}\n" in README
+    monkeypatch.chdir(tmp_path)
+    first, second = OWN_PICTURES
+    assert dcgan_mnist.main(arguments(first.replace("1000", "100"))) == 0
+    argv = [*arguments(second.replace("50", "2")), *SMALL, "--device", "cpu"]
+    assert dcgan_mnist.main(argv) == 0
+    data = Path("result", "generated.npy")
+    assert f"Training on 100 pictures from {data}\n" in capsys.readouterr().out
+    assert Path("sevens", "generated_epoch_002.png").exists()
 
 
 def test_readme_gives_no_commands_but_those_that_are_tried():
@@ -216,7 +239,7 @@ def test_readmes_log_lines_have_the_programs_form():
 
 
 def test_the_links_lead_to_files_that_are_there():
-    links = re.findall(r"\]\(([^):]+)\)", README)
+    links = re.findall(r"\]\(([^):#]+)\)", README)
     assert len(links) > 4
     for link in links:
         assert (ROOT / link).exists(), link
