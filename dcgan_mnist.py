@@ -70,6 +70,7 @@ import sys
 import textwrap
 import time
 import uuid
+import warnings
 import zipfile
 import zlib
 from argparse import Namespace
@@ -604,6 +605,14 @@ def explained(
         raise failure(f"{message}; {advice}" if advice else message) from error
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Leave out what libraries remark on a file that they read, such as that it is large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 class Unusable(Failure):
     """A file or folder that holds no pictures of the kind that is wanted; the message says why."""
 
@@ -614,6 +623,7 @@ ACCEPTED = (
 )
 SPLIT_WORDS = {"train": ("train",), "test": ("test", "t10k")}  # in the names of files
 IDX_PICTURES = bytes([0, 0, 8, 3])  # how MNIST's format, IDX, begins: uint8 in three dimensions
+GZIP = b"\x1f\x8b"  # how a gzipped file begins
 IDX_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
 NPY = b"\x93NUMPY"  # how an .npy file begins
 SILENCE = 30  # seconds for which a server may send nothing
@@ -628,9 +638,24 @@ def sha256_of(digits: Tensor) -> str:
     return hashlib.sha256(digits.cpu().contiguous().numpy()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where pictures were found: a file, or a folder with other files beside them."""
+
+    path: Path
+    other_files: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} (other files there: {self.other_files:,})"
+            if self.other_files
+            else str(self.path)
+        )
+
+
 def load_pictures(
     data_dir: Path | None, split: str, split_given: bool = False
-) -> tuple[Tensor, str]:
+) -> tuple[Tensor, Source]:
     """Return the pictures (n, 28, 28) of uint8 to train on, and where they were found.
 
     Without ``data_dir``, they are those of MNIST beside the program, and downloaded if they are
@@ -658,42 +683,45 @@ def bundled_digits(split: str) -> Tensor:
     return digits
 
 
-def read_pictures(path: Path, split: str, split_given: bool) -> tuple[Tensor, str]:
+def read_pictures(path: Path, split: str, split_given: bool) -> tuple[Tensor, Source]:
     """Read what a file or folder holds, whichever of the accepted kinds it is. Raises Failure."""
-    with explained(f"cannot read {path}", (OSError, ValueError), failure=Unusable):
+    try:
         is_folder = path.is_dir()
         if not is_folder and not path.is_file():
             raise Unusable(f"there is no file or folder {path}")
         files = files_below(path) if is_folder else [path]
         begins = {file: first_bytes(file, len(NPY)) for file in files if file.is_file()}
-    in_idx = [file for file, begin in begins.items() if begin.startswith(IDX_PICTURES)]
+    except OSError as error:
+        raise Unusable(f"cannot read {error.filename or path} ({error.strerror})") from error
+    in_idx = [file for file in begins if begins[file].startswith((IDX_PICTURES, GZIP))]
     formats = Image.registered_extensions()  # by the endings of names
     endings = {ending for ending, format in formats.items() if format in Image.OPEN}
     pictures = [file for file in begins if is_folder and file.suffix.lower() in endings]
     if in_idx:
-        digits, source = read_split(files, in_idx, split)
-        where = str(source)
+        digits, file = read_split(files, in_idx, split)
+        source = Source(file)
         if pictures:
-            both = f"{path} holds files in MNIST's format, which are read, and pictures, which"
-            print(f"{both} are not: {len(pictures):,}")
+            print(f"{path} holds a file in MNIST's format, so its pictures are not read: ", end="")
+            print(f"{len(pictures):,}")
     elif not pictures and begins.get(path) != NPY:
-        raise Unusable(f"cannot train on {path}: found {listing(files)}")
+        where = f"{path}, which holds {listing(files)}" if is_folder else listing(files)
+        raise Unusable(f"there are no pictures in {where}")
     elif split_given:
         raise WrongInput(f"argument --split: {path} has no splits; leave it out")
     elif pictures:
         digits = read_folder(pictures)
-        others = len(files) - len(pictures)
-        where = f"{path} (other files there: {others:,})" if others else str(path)
+        source = Source(path, other_files=len(files) - len(pictures))
     else:
         digits = checked(read_array(path), path)
-        where = str(path)
+        source = Source(path)
     if digits.max() == 1:
-        raise Unusable(f"the values in {path} are all 0 and 1, but white is 255")
+        raise Unusable(f"{path} is almost black: no value is above 1, and white is 255")
     pixels = digits.flatten(1)
     blank = (pixels.amin(dim=1) == pixels.amax(dim=1)).sum().item()
     if blank:
-        print(f"warning: of the pictures in {path}, {blank:,} have a single grey all over")
-    return digits, where
+        reason = "drawn in black on transparent, say"
+        print(f"warning: in {path}, pictures of a single grey ({reason}): {blank:,}")
+    return digits, source
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -721,17 +749,17 @@ def files_below(folder: Path) -> list[Path]:
 def open_unpacked(path: Path) -> BinaryIO:
     """Open a file to read it; if it begins like a gzipped one, it is unpacked on the way."""
     with path.open("rb") as file:
-        is_gzipped = file.read(2) == b"\x1f\x8b"
+        is_gzipped = file.read(2) == GZIP
     return gzip.open(path) if is_gzipped else path.open("rb")
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """Return the first bytes of a file, unpacked; none if it is gzipped and damaged there."""
+    """Return the first bytes of a file, unpacked; GZIP if it cannot be unpacked."""
     with open_unpacked(path) as file:
         try:
             return file.read(count)
         except (gzip.BadGzipFile, EOFError, zlib.error):
-            return b""
+            return GZIP
 
 
 def listing(files: list[Path]) -> str:
@@ -741,7 +769,7 @@ def listing(files: list[Path]) -> str:
         name = file.name
         begin = first_bytes(file, 4) if file.is_file() else b""
         if len(begin) == 4 and begin[:2] == b"\0\0" and begin[2] in IDX_TYPES:
-            name += f" ({IDX_TYPES[begin[2]]} in the IDX format with {begin[3]} dimensions)"
+            name += f" (in MNIST's format, but {IDX_TYPES[begin[2]]}, {begin[3]}-dimensional)"
         names.append(name)
     if len(files) > 3:
         names.append(f"{len(files) - 3:,} more")
@@ -778,14 +806,14 @@ def read_split(files: list[Path], in_idx: list[Path], split: str) -> tuple[Tenso
         twin = file.with_suffix("") if file.suffix == ".gz" else file.with_name(f"{file.name}.gz")
         if twin in files and twin not in sound:
             damaged.pop(twin, None)
-            print(f"warning: {twin} cannot be read; {file} is read instead")
+            print(f"warning: {twin} holds no sound pictures; {file} is read instead")
     if not sound:
         raise next(iter(damaged.values()))
     if damaged or len({sha256_of(digits) for digits in sound.values()}) > 1:
-        several = " and ".join(str(file) for file in [*sound, *damaged])
-        raise WrongInput(
-            f"argument --data-dir: each of these may hold the {split} split: {several}; name one"
-        )
+        names = [str(file) for file in sound]
+        names += [f"{file} (damaged, or not 28 x 28)" for file in damaged]
+        several = f"each of these may hold the {split} split: {', '.join(names)}"
+        raise WrongInput(f"argument --data-dir: {several}; name one of them")
     source, digits = next(iter(sound.items()))
     return digits, source
 
@@ -807,17 +835,20 @@ def read_idx(path: Path) -> Tensor:
 def read_array(path: Path) -> Tensor:
     """Read the array in an .npy file, or the only one in an .npz file. Raises Unusable."""
     # Exception: whatever numpy finds wrong with it
-    with explained(f"cannot read {path}", Exception, failure=Unusable):
-        begin = first_bytes(path, len(NPY))
-        if begin != NPY and not zipfile.is_zipfile(path):
+    what = f"cannot read {path}"
+    with (
+        explained(what, Exception, failure=Unusable),
+        without_warnings(),
+        open_unpacked(path) as file,
+    ):
+        if first_bytes(path, len(NPY)) == NPY:
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        if not zipfile.is_zipfile(file):
             raise ValueError("it is neither an .npy file nor an .npz file")
-        array = np.load(path, allow_pickle=False)
-        if begin != NPY:
-            with array as archive:
-                if len(archive.files) != 1:
-                    raise ValueError(f"it holds {len(archive.files)} arrays, not one")
-                array = archive[archive.files[0]]
-        return torch.from_numpy(array)
+        with np.load(file, allow_pickle=False) as archive:
+            if len(archive.files) != 1:
+                raise ValueError(f"it holds {len(archive.files)} arrays, not one")
+            return torch.from_numpy(archive[archive.files[0]])
 
 
 def checked(pictures: Tensor, path: Path) -> Tensor:
@@ -832,26 +863,37 @@ def checked(pictures: Tensor, path: Path) -> Tensor:
 def read_folder(paths: list[Path]) -> Tensor:
     """Read files that each hold a picture: (n, 28, 28) of uint8. Raises WrongInput."""
     digits = torch.empty(len(paths), 28, 28, dtype=torch.uint8)
+    several = 0
     shown = progress_bar(paths, desc="reading", unit="picture") if len(paths) >= 2000 else paths
     for i, path in enumerate(shown):
         what = f"argument --data-dir: cannot read the picture {path}"
-        # Exception: whatever Pillow finds wrong with it
         advice = "remove it, or save it anew"
-        with explained(what, Exception, advice, WrongInput), Image.open(path) as picture:
+        # Exception: whatever Pillow finds wrong with it
+        with (
+            explained(what, Exception, advice, WrongInput),
+            without_warnings(),
+            Image.open(path) as picture,
+        ):
+            several += getattr(picture, "is_animated", False)
             digits[i] = torch.from_numpy(np.array(as_digit(picture)))
+    if several:
+        print(
+            f"warning: files with more than one picture, of which the first is taken: {several:,}"
+        )
     return digits
 
 
 def as_digit(picture: Image.Image) -> Image.Image:
     """Return the centre of a picture, upright, in grey, 28 pixels wide and high, in mode L.
 
-    What is transparent becomes black. Of several pictures in a file, this is the first.
+    What is transparent becomes black.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # more than 8 bits
         levels = np.asarray(picture)
         if picture.mode == "F" or levels.min() < 0 or levels.max() > 65535:
             raise ValueError("its greys are not whole numbers of 8 or 16 bits")
+        levels = np.where(levels == picture.info.get("transparency"), 0, levels)
         picture = Image.fromarray((levels / 257).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -1907,7 +1949,7 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
 
 def settle(
     options: Namespace, device: torch.device, folder: RunFolder
-) -> tuple[Settings, int, Tensor, str, Path | None, dict | None]:
+) -> tuple[Settings, int, Tensor, Source, Path | None, dict | None]:
     """Return settings, number of epochs, digits, where they were found, --data-dir, checkpoint.
 
     Settings are those given; what is not given comes from the recipe, and then from the defaults. A
@@ -1933,17 +1975,31 @@ def settle(
             raise WrongInput(f"argument --data-dir: {gone}; name the place where they are")
     digits, source = load_pictures(data_dir, settings.split, "split" in given)
     if checkpoint is not None and checkpoint["data"]["sha256"] != sha256_of(digits):
-        others = f"{source} holds other pictures than those the run started with"
+        others = f"{source.path} holds other pictures than those the run started with"
         raise WrongInput(f"argument --data-dir: {others}; name the place where they are")
+    if data_dir is not None:
+        check_apart(source.path, folder.path)
     count = len(digits)
     if settings.batch_size > count:
-        few = f"there are only {count} pictures; give a smaller number"
-        raise WrongInput(f"argument --batch-size: {few}")
+        few = f"a batch has {settings.batch_size} pictures, but there are only {count} in all"
+        raise WrongInput(f"argument --batch-size: {few}; give a smaller number")
     processes = dist.get_world_size() if started_by_torchrun() else 1
     if settings.batch_size % processes or 0 < count % settings.batch_size < processes:
         shares = f"{processes} processes cannot share every batch; choose another size"
         raise WrongInput(f"argument --batch-size: {shares}")
     return settings, epochs, digits, source, data_dir, checkpoint
+
+
+def check_apart(source: Path, output: Path) -> None:
+    """Raise WrongInput if the pictures to train on and the output folder lie in one another.
+
+    The program would read its own pictures, or move the user's away.
+    """
+    source = source.resolve()
+    output = output.resolve()
+    if source == output or source in output.parents or output in source.parents:
+        mixed = f"it and the pictures to train on, {source}, lie in one another"
+        raise WrongInput(f"argument --output-dir: {mixed}; choose another folder")
 
 
 def checkpoint_to_resume(given: dict[str, object], folder: RunFolder) -> dict:
@@ -2236,6 +2292,13 @@ def number_between(kind: type, low: float, high: float) -> Callable[[str], float
     return read
 
 
+def named_path(text: str) -> Path:
+    """Read a path, for argparse; an empty one, as of a missing variable, would mean this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of Settings; what is not given is not among the options."""
     for field in dataclasses.fields(Settings):
@@ -2265,7 +2328,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--output-dir", type=Path, metavar="DIR", help=help)
     help = "your own pictures: a folder with them, a file in MNIST's format or a folder with one, "
     help += "or an .npy file, uint8 of shape (n, 28, 28) (default: MNIST, beside the program)"
-    group.add_argument("--data-dir", type=Path, metavar="DIR", help=help)
+    group.add_argument("--data-dir", type=named_path, metavar="DIR", help=help)
     help = "print a line of the log every N steps (default: 100)"
     every = number_between(int, 1, 10**6)
     group.add_argument("--log-every", type=every, default=100, metavar="N", help=help)
