@@ -594,7 +594,7 @@ Errors = type[Exception] | tuple[type[Exception], ...]
 def explained(
     what: str, errors: Errors, advice: str = "", failure: type[Failure] = Failure
 ) -> Iterator[None]:
-    """Turn errors into a Failure that says what went wrong, for what reason, and what to do."""
+    """Turn errors into a Failure that says what failed, why, and what to do."""
     try:
         yield
     except (Failure, torch.OutOfMemoryError):
@@ -621,7 +621,7 @@ ACCEPTED = (
     "--data-dir takes a folder of pictures (PNG, JPEG ...), or 28 x 28 pixels of uint8 in MNIST's "
     "format or in an .npy file; README.md has the list"
 )
-SPLIT_WORDS = {"train": ("train",), "test": ("test", "t10k")}  # in the names of files
+MNIST_NAMES = {"train": "train-images", "test": "t10k-images"}
 IDX_PICTURES = bytes([0, 0, 8, 3])  # how MNIST's format, IDX, begins: uint8 in three dimensions
 GZIP = b"\x1f\x8b"  # how a gzipped file begins
 IDX_TYPES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
@@ -638,82 +638,66 @@ def sha256_of(digits: Tensor) -> str:
     return hashlib.sha256(digits.cpu().contiguous().numpy()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where pictures were found: a file, or a folder with other files beside them."""
-
-    path: Path
-    other_files: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.path} (other files there: {self.other_files:,})"
-            if self.other_files
-            else str(self.path)
-        )
-
-
 def load_pictures(
     data_dir: Path | None, split: str, split_given: bool = False
-) -> tuple[Tensor, Source]:
-    """Return the pictures (n, 28, 28) of uint8 to train on, and where they were found.
+) -> tuple[Tensor, Path, int]:
+    """Return the pictures to train on, their file or folder, and how many other files it holds.
 
-    Without ``data_dir``, they are those of MNIST beside the program, and downloaded if they are
-    missing there. ``split_given`` tells that the user has asked for this split, which only files in
-    MNIST's format have. Raises WrongInput, or Failure if the program's own files are damaged.
+    The pictures are (n, 28, 28) of uint8. Without ``data_dir``, read MNIST beside the program, and
+    download it if it is missing. ``split_given``: the user has asked for this split, which only
+    files in MNIST's format have. Raises WrongInput, or Failure if the program's own files are
+    damaged.
     """
-    if data_dir is None:
-        if not any(BUNDLED.rglob(f"{SPLIT_WORDS[split][-1]}-images*")):
-            download_mnist()
-        try:
-            return read_pictures(BUNDLED, split, split_given)
-        except Unusable as error:
-            raise Failure(f"{error}; git checkout MNIST restores the program's files") from error
+    if data_dir is None and not any(BUNDLED.rglob(f"{MNIST_NAMES[split]}*")):
+        download_mnist()
     try:
-        return read_pictures(data_dir, split, split_given)
-    except Unusable as error:
-        raise WrongInput(f"argument --data-dir: {error}; {ACCEPTED}") from error
+        return read_pictures(data_dir or BUNDLED, split, split_given)
+    except Failure as error:
+        if data_dir is None:
+            raise Failure(f"{error}; git checkout MNIST restores the program's files") from error
+        advice = f"; {ACCEPTED}" if isinstance(error, Unusable) else ""
+        raise WrongInput(f"argument --data-dir: {error}{advice}") from error
 
 
 def bundled_digits(split: str) -> Tensor:
     """Return MNIST's digits (n, 28, 28) of uint8. Raises Failure if others are in their place."""
-    digits, _ = load_pictures(None, split)
+    digits = load_pictures(None, split)[0]
     if SPLIT_OF_DIGITS.get(sha256_of(digits)) != split:
         raise Failure(f"the digits in {BUNDLED} are not MNIST's {split} split; scoring needs them")
     return digits
 
 
-def read_pictures(path: Path, split: str, split_given: bool) -> tuple[Tensor, Source]:
+def read_pictures(path: Path, split: str, split_given: bool) -> tuple[Tensor, Path, int]:
     """Read what a file or folder holds, whichever of the accepted kinds it is. Raises Failure."""
     try:
         is_folder = path.is_dir()
         if not is_folder and not path.is_file():
-            raise Unusable(f"there is no file or folder {path}")
+            raise Unusable(f"there is no regular file or folder {path}")
         files = files_below(path) if is_folder else [path]
         begins = {file: first_bytes(file, len(NPY)) for file in files if file.is_file()}
     except OSError as error:
         raise Unusable(f"cannot read {error.filename or path} ({error.strerror})") from error
-    in_idx = [file for file in begins if begins[file].startswith((IDX_PICTURES, GZIP))]
+    in_idx = [file for file in begins if begins[file].startswith(IDX_PICTURES)]
     formats = Image.registered_extensions()  # by the endings of names
     endings = {ending for ending, format in formats.items() if format in Image.OPEN}
     pictures = [file for file in begins if is_folder and file.suffix.lower() in endings]
-    if in_idx:
-        digits, file = read_split(files, in_idx, split)
-        source = Source(file)
+    source = path
+    others = 0
+    if in_idx or (not pictures and GZIP in begins.values()):
+        damaged = [file for file in begins if begins[file] == GZIP]
+        digits, source = read_split(files, in_idx + damaged, split)
         if pictures:
-            print(f"{path} holds a file in MNIST's format, so its pictures are not read: ", end="")
-            print(f"{len(pictures):,}")
+            left = f"{path} holds a file in MNIST's format, so other pictures there are not read"
+            print(f"{left}: {len(pictures):,}")
     elif not pictures and begins.get(path) != NPY:
-        where = f"{path}, which holds {listing(files)}" if is_folder else listing(files)
-        raise Unusable(f"there are no pictures in {where}")
+        raise Unusable(f"there are no pictures in {path}: found {listing(begins)}")
     elif split_given:
-        raise WrongInput(f"argument --split: {path} has no splits; leave it out")
+        raise WrongInput(f"{path} has no splits; leave out --split")
     elif pictures:
         digits = read_folder(pictures)
-        source = Source(path, other_files=len(files) - len(pictures))
+        others = len(files) - len(pictures)
     else:
         digits = checked(read_array(path), path)
-        source = Source(path)
     if digits.max() == 1:
         raise Unusable(f"{path} is almost black: no value is above 1, and white is 255")
     pixels = digits.flatten(1)
@@ -721,7 +705,7 @@ def read_pictures(path: Path, split: str, split_given: bool) -> tuple[Tensor, So
     if blank:
         reason = "drawn in black on transparent, say"
         print(f"warning: in {path}, pictures of a single grey ({reason}): {blank:,}")
-    return digits, source
+    return digits, source, others
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -762,50 +746,54 @@ def first_bytes(path: Path, count: int) -> bytes:
             return GZIP
 
 
-def listing(files: list[Path]) -> str:
-    """Return the names of the first three files, and what those in the IDX format hold."""
+def listing(begins: dict[Path, bytes]) -> str:
+    """Name the first three files by their first bytes, and say what those in IDX hold."""
     names = []
-    for file in files[:3]:
+    for file, begin in list(begins.items())[:3]:
         name = file.name
-        begin = first_bytes(file, 4) if file.is_file() else b""
-        if len(begin) == 4 and begin[:2] == b"\0\0" and begin[2] in IDX_TYPES:
+        if len(begin) >= 4 and begin[:2] == b"\0\0" and begin[2] in IDX_TYPES:
             name += f" (in MNIST's format, but {IDX_TYPES[begin[2]]}, {begin[3]}-dimensional)"
         names.append(name)
-    if len(files) > 3:
-        names.append(f"{len(files) - 3:,} more")
+    if len(begins) > 3:
+        names.append(f"{len(begins) - 3:,} more")
     return ", ".join(names) or "no files"
 
 
-def fitting_splits(name: str) -> set[str]:
-    """Return the splits that a file of this name can hold: both if it says nothing of them."""
-    words = SPLIT_WORDS.items()
-    said = {split for split, of_split in words if any(word in name.lower() for word in of_split)}
-    return said or set(SPLIT_WORDS)
+def may_hold(file: Path, split: str) -> bool:
+    """Tell whether a file of this name can hold a split. One that names no split can."""
+    words = re.findall(r"(?<![a-z])(?:train|test|t10k)", file.name.lower())
+    return not words or any((word == "train") == (split == "train") for word in words)
+
+
+def without_gz(file: Path) -> Path:
+    """Return the name that a gzipped file has when it is unpacked."""
+    return file.with_suffix("") if file.suffix == ".gz" else file
 
 
 def read_split(files: list[Path], in_idx: list[Path], split: str) -> tuple[Tensor, Path]:
     """Read the one file in MNIST's format that holds a split, among all the files of a folder.
 
-    Files with the same pictures count as one. Raises Unusable if it is damaged, and WrongInput if
-    there is none or if there are several.
+    Files with the same pictures count as one. Raises Unusable if there is none, if there are
+    several, or if it is damaged.
     """
-    candidates = [file for file in in_idx if split in fitting_splits(file.name)]
-    if not candidates:
-        other = fitting_splits(in_idx[0].name).pop()
+    wanted = {without_gz(file) for file in in_idx if may_hold(file, split)}
+    if not wanted:
+        other = "test" if split == "train" else "train"
         held = f"{in_idx[0]} holds the {other} split"
-        raise WrongInput(f"argument --data-dir: {held}; to train on it, add --split {other}")
+        raise WrongInput(f"{held}; to train on it, add --split {other}")
     sound: dict[Path, Tensor] = {}
     damaged: dict[Path, Unusable] = {}
-    for file in candidates:
+    for file in files:
+        if without_gz(file) not in wanted:
+            continue
         try:
             with explained(f"{file} cannot be read or is damaged", Exception, failure=Unusable):
                 sound[file] = checked(read_idx(file), file)
         except Unusable as error:
             damaged[file] = error
     for file in sound:
-        twin = file.with_suffix("") if file.suffix == ".gz" else file.with_name(f"{file.name}.gz")
-        if twin in files and twin not in sound:
-            damaged.pop(twin, None)
+        for twin in [twin for twin in damaged if without_gz(twin) == without_gz(file)]:
+            del damaged[twin]
             print(f"warning: {twin} holds no sound pictures; {file} is read instead")
     if not sound:
         raise next(iter(damaged.values()))
@@ -813,7 +801,7 @@ def read_split(files: list[Path], in_idx: list[Path], split: str) -> tuple[Tenso
         names = [str(file) for file in sound]
         names += [f"{file} (damaged, or not 28 x 28)" for file in damaged]
         several = f"each of these may hold the {split} split: {', '.join(names)}"
-        raise WrongInput(f"argument --data-dir: {several}; name one of them")
+        raise WrongInput(f"{several}; name the file itself")
     source, digits = next(iter(sound.items()))
     return digits, source
 
@@ -834,21 +822,21 @@ def read_idx(path: Path) -> Tensor:
 
 def read_array(path: Path) -> Tensor:
     """Read the array in an .npy file, or the only one in an .npz file. Raises Unusable."""
-    # Exception: whatever numpy finds wrong with it
-    what = f"cannot read {path}"
     with (
-        explained(what, Exception, failure=Unusable),
+        explained(f"cannot read {path}", Exception, failure=Unusable),  # whatever numpy raises
         without_warnings(),
         open_unpacked(path) as file,
     ):
-        if first_bytes(path, len(NPY)) == NPY:
-            return torch.from_numpy(np.load(file, allow_pickle=False))
-        if not zipfile.is_zipfile(file):
+        is_array = file.read(len(NPY)) == NPY
+        if not is_array and not zipfile.is_zipfile(file):
             raise ValueError("it is neither an .npy file nor an .npz file")
-        with np.load(file, allow_pickle=False) as archive:
-            if len(archive.files) != 1:
-                raise ValueError(f"it holds {len(archive.files)} arrays, not one")
-            return torch.from_numpy(archive[archive.files[0]])
+        file.seek(0)
+        loaded = np.load(file, allow_pickle=False)
+        if not is_array:
+            if len(loaded.files) != 1:
+                raise ValueError(f"it holds {len(loaded.files)} arrays, not one")
+            loaded = loaded[loaded.files[0]]
+        return torch.from_numpy(loaded)
 
 
 def checked(pictures: Tensor, path: Path) -> Tensor:
@@ -861,12 +849,12 @@ def checked(pictures: Tensor, path: Path) -> Tensor:
 
 
 def read_folder(paths: list[Path]) -> Tensor:
-    """Read files that each hold a picture: (n, 28, 28) of uint8. Raises WrongInput."""
+    """Read files that each hold a picture: (n, 28, 28) of uint8. Raises Unusable."""
     digits = torch.empty(len(paths), 28, 28, dtype=torch.uint8)
     several = 0
     shown = progress_bar(paths, desc="reading", unit="picture") if len(paths) >= 2000 else paths
     for i, path in enumerate(shown):
-        what = f"argument --data-dir: cannot read the picture {path}"
+        what = f"cannot read the picture {path}"
         advice = "remove it, or save it anew"
         # Exception: whatever Pillow finds wrong with it
         with (
@@ -891,8 +879,9 @@ def as_digit(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # more than 8 bits
         levels = np.asarray(picture)
-        if picture.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("its greys are not whole numbers of 8 or 16 bits")
+        may_be_8_bits = picture.mode == "I" and 0 < levels.max() < 256
+        if picture.mode == "F" or may_be_8_bits or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its greys are neither of 8 bits nor of 16 bits")
         levels = np.where(levels == picture.info.get("transparency"), 0, levels)
         picture = Image.fromarray((levels / 257).round().astype(np.uint8))
     if picture.has_transparency_data:
@@ -1921,7 +1910,7 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
     with connected(device):
         first = process_rank() == 0
         settled = settle(options, device, folder) if first else None
-        settings, epochs, digits, source, data_dir, checkpoint = from_first_process(settled)
+        settings, epochs, digits, where, data_dir, checkpoint = from_first_process(settled)
         gan = DCGAN(settings, device)
         run = Run(gan, digits, data_dir, epochs)
         if checkpoint is not None:
@@ -1942,18 +1931,18 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
             print(f"{done}; to add more, give a larger --epochs")
             return
         scorer = find_scorer(run.data["sha256"], device)
-        print(f"Training on {len(digits):,} pictures from {source}")
+        print(f"Training on {len(digits):,} pictures from {where}")
         announce(settings, device, folder)
         score_save_draw(run, loop, scorer, folder)
 
 
 def settle(
     options: Namespace, device: torch.device, folder: RunFolder
-) -> tuple[Settings, int, Tensor, Source, Path | None, dict | None]:
+) -> tuple[Settings, int, Tensor, str, Path | None, dict | None]:
     """Return settings, number of epochs, digits, where they were found, --data-dir, checkpoint.
 
-    Settings are those given; what is not given comes from the recipe, and then from the defaults. A
-    run that goes on keeps its own. Raises Failure.
+    A flag wins over the recipe, and the recipe over the defaults. A run that goes on keeps its
+    settings. Raises Failure.
     """
     given = given_settings(options)
     if options.resume:
@@ -1973,12 +1962,12 @@ def settle(
         if not data_dir.exists():
             gone = f"the run began with the pictures in {data_dir}, which is not there now"
             raise WrongInput(f"argument --data-dir: {gone}; name the place where they are")
-    digits, source = load_pictures(data_dir, settings.split, "split" in given)
+    digits, source, others = load_pictures(data_dir, settings.split, "split" in given)
     if checkpoint is not None and checkpoint["data"]["sha256"] != sha256_of(digits):
-        others = f"{source.path} holds other pictures than those the run started with"
-        raise WrongInput(f"argument --data-dir: {others}; name the place where they are")
+        changed = f"{source} holds other pictures than those the run started with"
+        raise WrongInput(f"argument --data-dir: {changed}; name the place where they are")
     if data_dir is not None:
-        check_apart(source.path, folder.path)
+        check_apart(source, folder.path)
     count = len(digits)
     if settings.batch_size > count:
         few = f"a batch has {settings.batch_size} pictures, but there are only {count} in all"
@@ -1987,19 +1976,22 @@ def settle(
     if settings.batch_size % processes or 0 < count % settings.batch_size < processes:
         shares = f"{processes} processes cannot share every batch; choose another size"
         raise WrongInput(f"argument --batch-size: {shares}")
-    return settings, epochs, digits, source, data_dir, checkpoint
+    where = f"{source} (other files there: {others:,})" if others else str(source)
+    return settings, epochs, digits, where, data_dir, checkpoint
 
 
 def check_apart(source: Path, output: Path) -> None:
-    """Raise WrongInput if the pictures to train on and the output folder lie in one another.
-
-    The program would read its own pictures, or move the user's away.
-    """
+    """Raise WrongInput if pictures to train on are, or would be, among what the program writes."""
     source = source.resolve()
     output = output.resolve()
     if source == output or source in output.parents or output in source.parents:
-        mixed = f"it and the pictures to train on, {source}, lie in one another"
+        mixed = f"the pictures to train on ({source}) and the output folder must be kept apart"
         raise WrongInput(f"argument --output-dir: {mixed}; choose another folder")
+    files = files_below(source) if source.is_dir() else []
+    written = [path for path in files if is_ours(path.name)]
+    if written:
+        mixed = f"{written[0]} has the name of a picture that this program writes"
+        raise WrongInput(f"argument --data-dir: {mixed}; name a folder without such files")
 
 
 def checkpoint_to_resume(given: dict[str, object], folder: RunFolder) -> dict:
@@ -2321,14 +2313,14 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_run_flags(group: argparse._ArgumentGroup) -> None:
     """Add how long a run goes on, and what it reads and writes."""
-    help = "passes over all digits, with those of a resumed run; --resume alone keeps its number "
+    help = "epochs in all, with those already done; --resume alone keeps its number "
     help += f"(default: {EPOCHS})"
     group.add_argument("--epochs", type=number_between(int, 1, 100_000), metavar="N", help=help)
     help = f"folder for the results (default: {OUTPUT_DIR})"
-    group.add_argument("--output-dir", type=Path, metavar="DIR", help=help)
+    group.add_argument("--output-dir", type=named_path, metavar="DIR", help=help)
     help = "your own pictures: a folder with them, a file in MNIST's format or a folder with one, "
     help += "or an .npy file, uint8 of shape (n, 28, 28) (default: MNIST, beside the program)"
-    group.add_argument("--data-dir", type=named_path, metavar="DIR", help=help)
+    group.add_argument("--data-dir", type=named_path, metavar="PATH", help=help)
     help = "print a line of the log every N steps (default: 100)"
     every = number_between(int, 1, 10**6)
     group.add_argument("--log-every", type=every, default=100, metavar="N", help=help)
@@ -2364,7 +2356,9 @@ def add_drawing_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--interpolate", action="store_true", help=help)
     help = "score 10,000 digits; or those in an .npy or .npz file, uint8 of shape (n, 28, 28), "
     help += "drawn by a model that was trained on --split (default: off)"
-    group.add_argument("--evaluate", type=Path, nargs="?", const=THE_RUN, metavar="FILE", help=help)
+    group.add_argument(
+        "--evaluate", type=named_path, nargs="?", const=THE_RUN, metavar="FILE", help=help
+    )
     help = "use the generator of the epoch with the lowest FD (default: of the last epoch)"
     group.add_argument("--best", action="store_true", help=help)
 

@@ -72,7 +72,7 @@ def test_both_bundled_splits_are_whole_and_stay_gzipped():
         unpacked = gzip.decompress((ROOT / "MNIST" / f"{name}.gz").read_bytes())
         assert hashlib.sha256(unpacked).hexdigest() == expected
     for split, count in (("test", 10_000), ("train", 60_000)):
-        digits, source = load_pictures(None, split)
+        digits, source, _ = load_pictures(None, split)
         assert digits.shape == (count, 28, 28)
         assert digits.dtype == torch.uint8
         prefix = {"test": "t10k", "train": "train"}[split]
@@ -156,6 +156,7 @@ NAMES = [  # as people have them on their disks; all hold a test split
     f"{IMAGES}/{IMAGES}",
     "any/folder/at/all/Test.bin",
     "no word for a split",
+    "constrained",
 ]
 
 
@@ -172,7 +173,7 @@ def test_the_content_of_a_file_decides_whatever_its_name_is(
     write(path.parent / "t10k-labels-idx1-ubyte", torch.arange(20).byte())
     before = contents(tmp_path)
     for data_dir in (tmp_path, path):
-        found, source = load_pictures(data_dir, "test")
+        found, source, _ = load_pictures(data_dir, "test")
         assert torch.equal(found, digits)
         assert str(source) == str(path)
     assert contents(tmp_path) == before
@@ -221,7 +222,7 @@ def test_copies_of_the_same_pictures_count_as_one_file(tmp_path: Path):
     write(tmp_path / IMAGES, digits)
     write(tmp_path / f"{IMAGES}.gz", digits, packed=True)
     write(tmp_path / "again" / "t10k.idx", digits)
-    found, source = load_pictures(tmp_path, "test")
+    found, source, _ = load_pictures(tmp_path, "test")
     assert torch.equal(found, digits)
     assert str(source) in [str(path) for path in tmp_path.rglob("*")]
 
@@ -273,7 +274,7 @@ def test_what_lies_behind_links_is_found_once_and_circles_end(tmp_path: Path):
     (tmp_path / "far" / "away" / "self").symlink_to(tmp_path / "far" / "away")
     (data / "broken").symlink_to(tmp_path / "nowhere")
     os.mkfifo(data / "test-pipe")  # whoever opens it waits for ever
-    found, source = load_pictures(data, "test")
+    found, source, _ = load_pictures(data, "test")
     assert torch.equal(found, some_digits())
     assert str(source) == str(data / "link" / "away" / IMAGES)
 
@@ -284,7 +285,7 @@ def test_mnists_format_comes_before_pictures_and_a_line_says_so(run):
         write_picture(f"data/{name}.png", some_digits(1)[0])
     outcome = run(*DRY, "--data-dir", "data")
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("data holds")]
-    assert line.endswith("its pictures are not read: 3")
+    assert line.endswith("other pictures there are not read: 3")
     assert f"Training on 20 pictures from {Path('data', IMAGES)}" in outcome.out
 
 
@@ -397,7 +398,7 @@ def test_what_may_not_be_read_is_not_passed_over(run):
 def digit(path: Path | str) -> np.ndarray:
     """Return what is trained on when a folder holds this picture only."""
     folder = Path(path).parent
-    digits, _ = load_pictures(folder, "test")
+    digits = load_pictures(folder, "test")[0]
     assert digits.shape == (1, 28, 28)
     return digits[0].numpy()
 
@@ -413,7 +414,7 @@ def test_pictures_of_28_pixels_are_taken_to_the_bit_in_the_order_of_their_names(
     Path("data/notes.txt").write_text("x")
     Path("data/b/labels.csv").write_text("x")
     os.mkfifo("data/pipe.png")
-    found, _ = load_pictures(Path("data"), "test")
+    found = load_pictures(Path("data"), "test")[0]
     assert torch.equal(found, digits)
     outcome = run("--dry-run", "--batch-size", 3, "--data-dir", "data")
     assert "Training on 6 pictures from data (other files there: 3)" in outcome.out.splitlines()
@@ -495,16 +496,17 @@ def test_pictures_of_a_single_grey_are_trained_on_and_warned_of(run):
     assert warning.endswith(": 1")
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "cut", "floats", "a GIF's head"])
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "floats", "8 bits in 32", "a GIF's head"])
 def test_a_picture_that_cannot_be_read_is_named(run, kind: str):
     write_picture("data/a.png", some_digits(1)[0])
     write_picture("data/sub/b.png", some_digits(1)[0])
     path = Path("data/sub/b.png")
     whole = path.read_bytes()
-    if kind == "floats":
+    if kind in ("floats", "8 bits in 32"):
         path.unlink()
         path = Path("data/sub/b.tiff")
-        write_picture(path, np.zeros((28, 28), np.float32))
+        values = some_digits(1)[0].numpy()
+        write_picture(path, values.astype(np.float32 if kind == "floats" else np.int32))
     else:
         kinds = {"empty": b"", "text": b"hello", "cut": whole[:-30], "a GIF's head": b"GIF89a"}
         path.write_bytes(kinds[kind])
@@ -519,7 +521,7 @@ def test_pictures_and_arrays_have_no_splits(run, split: str):
     write_picture("data/a.png", some_digits(1)[0])
     for data_dir in ("a.npy", "data"):
         outcome = run("--data-dir", data_dir, "--split", split)
-        assert outcome.is_one_line(2, "error: argument --split: ", data_dir, "no splits")
+        assert outcome.is_one_line(2, "error: argument --data-dir: ", data_dir, "leave out --split")
 
 
 @pytest.mark.parametrize(("count", "shown"), [(1999, False), (2000, True)])
@@ -548,7 +550,7 @@ def test_of_several_pictures_in_a_file_the_first_is_taken_and_a_line_says_so(run
     outcome = run("--dry-run", "--batch-size", 3, "--data-dir", "data")
     (warning,) = outcome.warnings()
     assert warning.endswith("the first is taken: 2")
-    digits, _ = load_pictures(Path("data"), "test")
+    digits = load_pictures(Path("data"), "test")[0]
     assert torch.equal(digits[1], some_digits(3)[2])
 
 
@@ -584,6 +586,23 @@ def test_pictures_and_results_are_kept_apart(run, data: str, output: str):
         outcome = run(*dry, *flags)
         assert outcome.is_one_line(2, "error: argument --output-dir: ", "choose another folder")
     assert contents(".") == before
+
+
+def test_what_the_program_has_drawn_is_not_taken_for_pictures_of_ones_own(run):
+    for i in range(5):
+        write_picture(f"mine/{i}.png", some_digits(1, i)[0])
+    write_picture("mine/result/timeline.png", some_digits(1)[0])
+    outcome = run("--batch-size", 5, "--data-dir", "mine", "--output-dir", "out")
+    drawn = str(Path("mine", "result", "timeline.png"))
+    assert outcome.is_one_line(2, "error: argument --data-dir: ", drawn)
+
+
+def test_one_damaged_file_beside_pictures_does_not_hide_them(run):
+    for i in range(5):
+        write_picture(f"data/{i}.png", some_digits(1, i)[0])
+    Path("data/notes-train.tar.gz").write_bytes(gzip.compress(b"notes")[:-12])
+    outcome = run(*DRY, "--data-dir", "data")
+    assert "Training on 5 pictures from data (other files there: 1)" in outcome.out.splitlines()
 
 
 # ------------------------------------------- arrays -----------------------------------------------
@@ -800,7 +819,7 @@ def test_damaged_and_renamed_files_end_with_one_line_or_give_what_was_written(
         (data / name).write_bytes(content)
         found = None
         with suppress(dcgan_mnist.WrongInput):
-            found, _ = load_pictures(numbers.choice([data, data / name]), "test")
+            found = load_pictures(numbers.choice([data, data / name]), "test")[0]
         if found is None:
             continue
         assert kind != "cut"
