@@ -53,6 +53,7 @@ written, and when.
 import argparse
 import copy
 import dataclasses
+import errno
 import functools
 import gzip
 import hashlib
@@ -69,6 +70,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import uuid
 import warnings
 import zipfile
@@ -85,6 +87,7 @@ from contextlib import (
     suppress,
 )
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NoReturn
@@ -95,7 +98,6 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
-from torchsummary import summary
 from tqdm import tqdm
 
 __all__ = [
@@ -111,12 +113,14 @@ __all__ = [
 ]
 
 PROGRAM = "dcgan_mnist.py"
+TORCH = (2, 11)  # the oldest version that serves
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
 SAMPLES = 50  # digits in the picture of an epoch: five rows of ten
 SCORED = 2000  # digits drawn for the score of an epoch
 EVALUATED = 10_000  # digits drawn for the score of a finished run
-HOME = Path(__file__).resolve().parent
+# a cell of a notebook is no file: there, the current folder stands in for the program's
+HOME = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 BUNDLED = HOME / "MNIST"  # the data folder
 EXAMPLE = HOME / "result" / "example" / "generator.pt"  # a trained generator, to draw with at once
 
@@ -191,6 +195,8 @@ def weights_init(m: nn.Module) -> None:
 
 def print_summaries(generator: nn.Module, discriminator: nn.Module, latent_dim: int) -> None:
     """Print the layers of both networks, the shapes of what they return, and their sizes."""
+    from torchsummary import summary  # here and not above, for training can do without it
+
     with torch.random.fork_rng(devices=[]):  # because summary runs the networks
         summary(copy.deepcopy(generator).cpu(), (latent_dim, 1, 1), device="cpu")
         summary(copy.deepcopy(discriminator).cpu(), (1, 28, 28), device="cpu")
@@ -923,23 +929,32 @@ def process_rank() -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device to compute on. Raises WrongInput if it is not there."""
+    """Return the device to compute on. Raises WrongInput if it is not there or does not work."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if name == "auto":
-        name = next(device for device in there if there[device])  # the fastest
-    if not there[name]:
-        missing = f"this machine has no {name}, or its PyTorch cannot use it"
+    kind = next(device for device in there if there[device]) if name == "auto" else name
+    if not there[kind]:
+        missing = f"this machine has no {kind}, or its PyTorch cannot use it"
         raise WrongInput(f"argument --device: {missing}; cpu always works")
-    if name != "cuda":
-        return torch.device(name)
-    number = int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else 0
-    if number >= torch.cuda.device_count():
-        raise OSError(f"there is no GPU number {number}: start fewer processes")
-    return torch.device(name, number)
+    device = torch.device(kind)
+    if kind == "cuda":
+        number = int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else 0
+        if number >= torch.cuda.device_count():
+            raise OSError(f"there is no GPU number {number}: start fewer processes")
+        device = torch.device(kind, number)
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:
+        fault = f"this PyTorch cannot compute on {device} ({str(error).splitlines()[0]})"
+        if name != "auto":
+            advice = "pytorch.org has others; cpu always works"
+            raise WrongInput(f"argument --device: {fault}; {advice}") from error
+        print(f"warning: {fault}; computing on cpu instead")
+        device = torch.device("cpu")
+    return device
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -1125,7 +1140,10 @@ def connected(device: torch.device) -> Iterator[None]:
         yield
         return
     with explained("the processes of this run cannot connect", (dist.DistError, ValueError)):
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
+        store.set_timeout(timedelta(minutes=30))  # later, the others wait while the first scores
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
         with explained(LOST, dist.DistError):
             yield
@@ -1187,6 +1205,118 @@ def fastest_step(gan: DCGAN, graph: bool = True) -> Step:
     return functools.partial(training_step, gan)
 
 
+# How far a step may be from the same one in fp32 on a CPU, relative to what is compared. Healthy
+# gradients differ by up to 0.01 in fp32, for rounding decides whether a ReLU is just on or off, and
+# by up to 0.25 in bf16; a wrong one by about 1. A false alarm is worse than a small fault unseen.
+TOLERANCE = {"fp32": 0.05, "bf16": 0.6}
+
+
+class ComparedStep:
+    """A training step that raises Failure if it differs from what is written.
+
+    Each step is computed once more: in fp32 on the CPU, by the layers as they are, from the same
+    weights, digits and noise. What the optimisers do is compared from the gradients of the device,
+    since Adam makes much of small differences. ``largest`` is the largest relative deviation so
+    far, ``of`` what it is of. Layers that draw random numbers are compared on a CPU only, for
+    devices have others.
+    """
+
+    def __init__(self, gan: DCGAN, step: Step) -> None:
+        self.gan = gan
+        self.step = step
+        settings = dataclasses.replace(gan.settings, precision="fp32")
+        self.plain = DCGAN(settings, torch.device("cpu"))
+        self.largest = 0.0
+        self.of = "nothing"
+        self.gradients: list[list[Tensor]] = []  # on the device, of each update of a step
+        self.recorded: list[list[Tensor]] = []  # the same in a CUDA graph, which replays refill
+        for optimizer in (gan.optimizer_d, gan.optimizer_g):
+            optimizer.register_step_pre_hook(self.keep_gradients)
+        for optimizer in (self.plain.optimizer_d, self.plain.optimizer_g):
+            optimizer.register_step_pre_hook(self.compare_gradients)
+
+    def __call__(self, real: Tensor, z: Tensor) -> Tensor:
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in self.gan.parts().items()}
+        self.random_numbers = torch.get_rng_state()
+        self.gradients = []
+        recorded = len(self.recorded)
+        stats = self.step(real, z)
+        if not self.gradients or len(self.recorded) > recorded:  # it was a replay
+            self.gradients = list(self.recorded)
+        for name, part in self.plain.parts().items():
+            part.load_state_dict(copy.deepcopy(before[name]))
+        with torch.random.fork_rng([]):
+            torch.set_rng_state(self.random_numbers)
+            expected = training_step(self.plain, real.cpu(), z.cpu())
+            if not self.is_comparable():
+                self.of = "nothing, since layers draw random numbers"
+                return stats
+        for name, value, plain in zip(STATS, stats.cpu(), expected, strict=True):
+            if name.endswith("loss"):
+                self.note(name, value - plain, plain.abs())
+        weights = zip(parameters_of(self.gan), parameters_of(self.plain), strict=True)
+        for (key, weight), (_, plain) in weights:
+            network, name = key.split(".", 1)
+            update = plain - before[network][name].cpu()
+            scale = update.norm() + 1e-3 * plain.norm()  # rounding hides very small updates
+            self.note(f"update of {key}", weight.cpu() - plain, scale)
+        return stats
+
+    def is_comparable(self) -> bool:
+        """Tell whether the plain step has drawn the same random numbers as the device, or none."""
+        on_cpu = self.gan.device.type == "cpu"
+        return on_cpu or torch.equal(torch.get_rng_state(), self.random_numbers)
+
+    def keep_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Keep the gradients of an update on the device."""
+        cuda = self.gan.device.type == "cuda"
+        is_recording = cuda and torch.cuda.is_current_stream_capturing()
+        kept = self.recorded if is_recording else self.gradients
+        kept.append([weight.grad.clone() for weight in weights_of(optimizer)])
+
+    def compare_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Compare the gradients of a plain update with those on the device, and take the latter.
+
+        Left out are those that are zero but for rounding, such as of biases before BatchNorm. Small
+        ones, sums of much that cancels out, count for less.
+        """
+        names = {weight: key for key, weight in parameters_of(self.plain)}
+        weights = weights_of(optimizer)
+        largest = max(weight.grad.norm() for weight in weights)
+        for weight, gradient in zip(weights, self.gradients.pop(0), strict=True):
+            plain = weight.grad
+            weight.grad = gradient.cpu()
+            if plain.norm() > 1e-4 * largest and self.is_comparable():
+                scale = plain.norm() + 0.1 * largest
+                self.note(f"gradient of {names[weight]}", weight.grad - plain, scale)
+
+    def note(self, of: str, difference: Tensor, scale: Tensor) -> None:
+        """Keep a deviation if it is the largest. Raises Failure if it is too large."""
+        if not difference.any():
+            return
+        deviation = (difference.norm() / scale).item()
+        precision = self.gan.settings.precision
+        if not deviation <= TOLERANCE[precision]:  # also if it is not a number
+            wrong = f"{self.gan.device.type} in {precision} computes something else than is written"
+            amount = f"the {of} differs by {deviation:.1e} from that in fp32 on the CPU"
+            raise Failure(f"{wrong}: {amount}; try --graph off, --precision fp32 or --device cpu")
+        if deviation > self.largest:
+            self.largest = deviation
+            self.of = of
+
+
+def parameters_of(gan: DCGAN) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters of both networks by their names in a DCGAN."""
+    generator = list(gan.generator.named_parameters(prefix="generator"))
+    return generator + list(gan.discriminator.named_parameters(prefix="discriminator"))
+
+
+def weights_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return what an optimiser updates."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return [weight for weight in weights if weight.grad is not None]
+
+
 # =========================================== pictures ===========================================
 def grid(digits: Tensor, caption: str = "") -> Image.Image:
     """Arrange digits (n, 28, 28) of uint8 ten a row, twice their size, under a caption if any."""
@@ -1221,6 +1351,7 @@ def stacked(pictures: list[Image.Image]) -> Image.Image:
 
 def curves(stats: dict[str, Tensor], scores: dict[str, Tensor]) -> Image.Image:
     """Plot the STATS of a run, each (steps,), and the FD among its scores, each (epochs,)."""
+    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -1234,20 +1365,21 @@ def curves(stats: dict[str, Tensor], scores: dict[str, Tensor]) -> Image.Image:
         panel.set(ylabel=label)
 
     scored = scores["fd"].isfinite().any()
-    figure = Figure(figsize=(10, 10), layout="constrained")
-    panels = figure.subplots(3 if scored else 2, sharex=True)
-    plot(panels[0], "cross-entropy", ("ds_loss", "gn_loss"))
-    plot(panels[-1], "mean output", ("true_out", "fake_out_before", "fake_out_after"))
-    panels[-1].set(xlabel=f"step (mean of {group})", ylim=(0, 1))
-    if scored:
-        length = steps // len(scores["fd"])  # of an epoch
-        panels[1].plot(range(length, steps + 1, length), scores["fd"], marker=".", label="fd")
-        panels[1].set(ylabel="Frechet distance to real digits", yscale="log")
-    for panel in panels:
-        panel.grid(alpha=0.3, which="both")
-        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with style.context("default", after_reset=True):  # whatever a notebook has chosen
+        figure = Figure(figsize=(10, 10), layout="constrained")
+        panels = figure.subplots(3 if scored else 2, sharex=True)
+        plot(panels[0], "cross-entropy", ("ds_loss", "gn_loss"))
+        plot(panels[-1], "mean output", ("true_out", "fake_out_before", "fake_out_after"))
+        panels[-1].set(xlabel=f"step (mean of {group})", ylim=(0, 1))
+        if scored:
+            length = steps // len(scores["fd"])  # of an epoch
+            panels[1].plot(range(length, steps + 1, length), scores["fd"], marker=".", label="fd")
+            panels[1].set(ylabel="Frechet distance to real digits", yscale="log")
+        for panel in panels:
+            panel.grid(alpha=0.3, which="both")
+            panel.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
@@ -1601,6 +1733,11 @@ def epoch_picture(epoch: int) -> str:
     return f"generated_epoch_{epoch:03d}.png"
 
 
+def picture_of_epoch(run: Run, epoch: int) -> bytes:
+    """Return the picture of an epoch."""
+    return png(grid(run.samples(epoch)))
+
+
 PICTURES: dict[str, Callable[[Run], bytes]] = {  # anew after each epoch
     "real_samples.png": lambda run: png(grid(run.real)),
     TIMELINE: lambda run: png(stacked(stages(run.samples, run.gan.epoch, run.real))),
@@ -1609,6 +1746,13 @@ PICTURES: dict[str, Callable[[Run], bytes]] = {  # anew after each epoch
 }
 FILES = (CHECKPOINT, BEST, HISTORY, *PICTURES)
 FILES += (GENERATED, GENERATED_DIGITS, INTERPOLATION, SCORE, NEAREST)
+
+
+AGAIN = "; it is written again after the next epoch, or by --resume"
+PATIENCE = 10  # seconds for which a checkpoint is tried to be written
+SHORT_PATIENCE = 1.5 if sys.platform == "win32" else 0  # virus scanners there hold new files
+FULL = (errno.ENOSPC, errno.EDQUOT if hasattr(errno, "EDQUOT") else errno.ENOSPC)
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def is_ours(name: str) -> bool:
@@ -1620,8 +1764,7 @@ def is_ours(name: str) -> bool:
 
 def command_line(*arguments: object) -> str:
     """Return the command, as this system's shell takes it, that runs the program from here."""
-    path = Path(__file__).resolve()
-    script = path.name if path.parent == Path.cwd() else path
+    script = PROGRAM if Path.cwd() == HOME else HOME / PROGRAM
     words = ["python", *(str(word) for word in (script, *arguments))]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
@@ -1635,6 +1778,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock_handle: int | None = None
+        self.warned_of_fsync = False
         with self.usable(), suppress(FileNotFoundError):  # a missing folder can be made
             path.stat()
 
@@ -1647,6 +1791,17 @@ class RunFolder:
         """Tell whether the folder holds a run, be it one that was moved into a folder below it."""
         checkpoint = self.path / CHECKPOINT
         return checkpoint.exists() or bool(moved_away(checkpoint))
+
+    def is_unused(self) -> bool:
+        """Tell whether no run has saved an epoch here, nor has one been moved into a folder below.
+
+        One that was killed in its first epoch may have left generator_best.pt.
+        """
+        if not self.path.is_dir():
+            return True
+        names = {path.name for path in self.path.iterdir()}
+        ours = {name for name in names if is_ours(name)} - {BEST}
+        return not ours and not any(name.startswith("previous_") for name in names)
 
     def begin(self, dry_run: bool) -> None:
         """Make and take the folder, and move the files of an earlier run into one below it.
@@ -1672,8 +1827,11 @@ class RunFolder:
         with self.usable():
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.temporary(CHECKPOINT)
-            probe.touch()
-            probe.unlink()
+            try:
+                for _ in range(2):  # the second one replaces the first
+                    patiently(lambda: self.write_once(probe.name, b""), SHORT_PATIENCE)
+            finally:
+                probe.unlink(missing_ok=True)
             for path in self.path.glob(".*.tmp"):
                 match = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}\.tmp", path.name)
                 with suppress(FileNotFoundError):  # another command may be cleaning too
@@ -1731,38 +1889,54 @@ class RunFolder:
         if self.path / CHECKPOINT in files:
             print(f"To go on with that run: {command_line('--resume', '--output-dir', previous)}")
 
-    def save(self, name: str, content: dict) -> None:
-        """Write a checkpoint or what is like one. Raises Failure."""
+    def save(self, name: str, content: dict, advice: str = "") -> None:
+        """Write a checkpoint or what is like one, if need be after some tries. Raises Failure."""
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        self.write(name, buffer.getbuffer())
+        with explained(f"cannot write {self.path / name}", OSError, advice):
+            patiently(lambda: self.write_once(name, buffer.getbuffer()), PATIENCE)
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file whole or, with a Failure, not at all; what was there is then still there."""
-        path = self.path / name
+        with explained(f"cannot write {self.path / name}", OSError):
+            patiently(lambda: self.write_once(name, content), SHORT_PATIENCE)
+
+    def write_once(self, name: str, content: bytes | memoryview) -> None:
+        """Write a file whole or, with an OSError, not at all."""
         temporary = self.temporary(name)
         try:
-            with explained(f"cannot write {path}", OSError):
-                with temporary.open("xb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                move_into_place(temporary, path)
+            with temporary.open("xb") as file:
+                file.write(content)
+                self.flush(file)
+            temporary.replace(self.path / name)
         finally:
             with suppress(OSError):  # the folder may be gone
                 temporary.unlink(missing_ok=True)
 
+    def flush(self, file: BinaryIO) -> None:
+        """Have all that is written to a file on the disk, where the file system can tell."""
+        file.flush()
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            if not self.warned_of_fsync:
+                risk = "a crash of the system can cost the last epoch"
+                print(f"warning: {self.path} has no fsync ({error.strerror}); {risk}")
+            self.warned_of_fsync = True
+
     def write_pictures(self, run: Run) -> None:
         """Bring table and pictures up to date; one that cannot be written costs a warning."""
-        with only_warned():
+        with only_warned(f"cannot write {self.path / HISTORY}", AGAIN):
             self.write_table(run)
-        for epoch in range(1, run.gan.epoch + 1):
-            name = epoch_picture(epoch)
-            if not (self.path / name).exists():
-                with only_warned():
-                    self.write(name, png(grid(run.samples(epoch))))
-        for name, picture in PICTURES.items():
-            with only_warned():
+        pictures = {
+            epoch_picture(epoch): functools.partial(picture_of_epoch, epoch=epoch)
+            for epoch in range(1, run.gan.epoch + 1)
+            if not (self.path / epoch_picture(epoch)).exists()
+        }
+        for name, picture in (pictures | PICTURES).items():
+            with only_warned(f"cannot draw {self.path / name}", AGAIN):
                 self.write(name, picture(run))
 
     def write_table(self, run: Run) -> None:
@@ -1774,36 +1948,42 @@ class RunFolder:
             if length == run.table_bytes - len(rows):
                 with path.open("ab") as file:
                     file.write(rows)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    self.flush(file)
             elif length != run.table_bytes:
                 self.write(HISTORY, run.table())
 
 
+def patiently(action: Callable[[], None], patience: float) -> None:
+    """Try again for so many seconds what fails, unless the disk is full. Raises OSError."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            action()
+            return
+        except OSError as error:
+            if error.errno in FULL or time.monotonic() > end:
+                raise
+        time.sleep(0.1)
+
+
 @contextmanager
-def only_warned() -> Iterator[None]:
-    """Warn of a Failure to write what can be written again later."""
+def only_warned(what: str, later: str = "") -> Iterator[None]:
+    """Warn of whatever error there is: training does without what these lines do."""
     try:
         yield
     except Failure as failure:
-        print(f"warning: {failure}; it is written again after the next epoch, or by --resume")
+        print(f"warning: {failure}{later}")
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in frames if frame.f_globals is globals()]
+        reason = textwrap.shorten(str(error), 200)
+        fault = f"{type(error).__name__} from line {lines[-1]} of {PROGRAM}: {reason}"
+        print(f"warning: {what} ({fault}){later}")
 
 
 def moved_away(path: Path) -> list[Path]:
     """Return where new runs have moved files of this path, the earliest first."""
     return sorted(path.parent.glob(f"previous_*/{path.name}"))
-
-
-def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename a file. On Windows, wait up to 1.5 s for a virus scanner that holds one of them."""
-    waits = (0.1, 0.2, 0.4, 0.8) if sys.platform == "win32" else ()
-    for wait in waits:
-        try:
-            temporary.replace(path)
-            return
-        except PermissionError:
-            time.sleep(wait)
-    temporary.replace(path)
 
 
 def read_checkpoint(path: Path, *more: str) -> dict:
@@ -1894,6 +2074,7 @@ def load_generator(
 # =========================================== commands ===========================================
 OUTPUT_DIR = Path("result")  # in the current folder
 EPOCHS = 10  # of a run, unless --epochs says otherwise
+LOG_EVERY = 100  # steps from one line of the log to the next, unless --log-every says otherwise
 THE_RUN = object()  # what --evaluate scores if no file is named: the run in the output folder
 
 
@@ -1917,9 +2098,12 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
             run.restore(checkpoint, folder.path / CHECKPOINT)
         elif first:  # only now, for it moves an earlier run away
             folder.begin(settings.dry_run)
-            print_summaries(gan.generator, gan.discriminator, settings.latent_dim)
+            with only_warned("no summary of the networks"):
+                print_summaries(gan.generator, gan.discriminator, settings.latent_dim)
         step = fastest_step(gan, graph=options.graph == "auto")
-        loop = train_epochs(gan, step, digits.to(device), epochs, options.log_every)
+        if settings.dry_run and not started_by_torchrun():
+            step = ComparedStep(gan, step)
+        loop = train_epochs(gan, step, digits.to(device), epochs, options.log_every or LOG_EVERY)
         if not first:
             for _ in loop:  # the first process scores, saves and draws
                 pass
@@ -1934,6 +2118,8 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
         print(f"Training on {len(digits):,} pictures from {where}")
         announce(settings, device, folder)
         score_save_draw(run, loop, scorer, folder)
+        if isinstance(step, ComparedStep):
+            print(f"Largest deviation from fp32 on the CPU: {step.largest:.1e} ({step.of})")
 
 
 def settle(
@@ -1945,7 +2131,10 @@ def settle(
     settings. Raises Failure.
     """
     given = given_settings(options)
-    if options.resume:
+    goes_on = options.resume and not folder.is_unused()
+    if options.resume and not goes_on:
+        print(f"There is no run in {folder.path} yet: a new one begins")
+    if goes_on:
         checkpoint = checkpoint_to_resume(given, folder)
         settings = checkpoint["settings"]
         epochs = options.epochs or checkpoint["epochs"]
@@ -2054,13 +2243,18 @@ def score_save_draw(
     done_before = gan.epoch  # epochs done before this command
     saved = gan.epoch  # epochs in the checkpoint
     start = time.perf_counter()
+    to_go_on = "to continue, run the same command with --resume"
     try:
         for stats in loop:
-            score(run, stats, scorer)
+            lines = score(run, stats, scorer)
+            advice = f"epoch {saved} is saved; {to_go_on}" if saved else ""
             if run.best_epoch == gan.epoch:
-                folder.save(BEST, {**run.header(), "average": gan.average.state_dict()})
-            folder.save(CHECKPOINT, run.checkpoint())
+                best = {**run.header(), "average": gan.average.state_dict()}
+                folder.save(BEST, best, advice)
+            folder.save(CHECKPOINT, run.checkpoint(), advice)
             saved = gan.epoch
+            for line in lines:
+                print(line)
             folder.write_pictures(run)
             taken = time.perf_counter() - start
             left = taken / (saved - done_before) * (run.epochs - saved)
@@ -2072,8 +2266,7 @@ def score_save_draw(
         if saved == 0 or gan.settings.dry_run:
             raise
         signum = getattr(interrupt, "signum", signal.SIGINT)
-        message = f"epoch {saved} is saved; to continue, run the same command with --resume"
-        raise Stopped(signum, message) from interrupt
+        raise Stopped(signum, f"epoch {saved} is saved; {to_go_on}") from interrupt
     if gan.settings.dry_run:
         print("The dry run went well: reading, training, saving and drawing work")
         print("After so few steps, digits and scores mean nothing")
@@ -2081,17 +2274,22 @@ def score_save_draw(
         print(f"The best epoch was {run.best_epoch}: {BEST}, for --generate N --best")
 
 
-def score(run: Run, stats: Tensor, scorer: Scorer | None) -> None:
-    """Add an epoch's STATS (steps, 5), scores and samples to a run; warn of a collapse."""
+def score(run: Run, stats: Tensor, scorer: Scorer | None) -> list[str]:
+    """Add an epoch's STATS (steps, 5), scores and samples to a run; return lines for the log.
+
+    One may warn of a collapse.
+    """
+    lines = []
     scores = dict.fromkeys(SCORES, math.nan)
     if scorer is not None:
         scores = scorer(run.draw(SCORED, DRAWING))
-        print(score_line(scores, scorer.floors.get(SCORED, {})))
+        lines.append(score_line(scores, scorer.floors.get(SCORED, {})))
     ds_loss = stats[:, STATS.index("ds_loss")]
     signs = signs_of_collapse(ds_loss, scores, run.scores)
     if signs and not run.gan.settings.dry_run:
-        print(f"warning: {' and '.join(signs)}; README.md says what to do")
+        lines.append(f"warning: {' and '.join(signs)}; README.md says what to do")
     run.add(stats, scores)
+    return lines
 
 
 def find_generator(
@@ -2252,6 +2450,7 @@ COMMANDS = {"generate": generate, "interpolate": interpolate, "evaluate": evalua
 
 
 # ========================================= command line =========================================
+NO_READER = 141  # exit code: 128 and the number of SIGPIPE
 HELP_EXAMPLES = f"""\
 examples:
   python {PROGRAM} --epochs 10               train, ten times on every digit
@@ -2321,9 +2520,9 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     help = "your own pictures: a folder with them, a file in MNIST's format or a folder with one, "
     help += "or an .npy file, uint8 of shape (n, 28, 28) (default: MNIST, beside the program)"
     group.add_argument("--data-dir", type=named_path, metavar="PATH", help=help)
-    help = "print a line of the log every N steps (default: 100)"
+    help = f"print a line of the log every N steps (default: {LOG_EVERY})"
     every = number_between(int, 1, 10**6)
-    group.add_argument("--log-every", type=every, default=100, metavar="N", help=help)
+    group.add_argument("--log-every", type=every, metavar="N", help=help)
     help = "go on with the run in the output folder (default: begin a new one)"
     group.add_argument("--resume", action="store_true", help=help)
     help = "check an installation: two epochs of three steps, in a temporary folder unless "
@@ -2385,7 +2584,9 @@ def parse_options(argv: Sequence[str]) -> Namespace:
     from_file = isinstance(options.evaluate, Path)
     if drawing:
         used = {"seed", "split"} if from_file else {"seed"}
-        extra = sorted(given_settings(options).keys() - used)
+        of_runs = ("epochs", "data_dir", "log_every")
+        given = given_settings(options).keys() | {n for n in of_runs if getattr(options, n)}
+        extra = sorted(given - used)
         if extra:
             shapes = f"{flag(extra[0])} is a training flag"
             parser.error(f"{shapes} and cannot be combined with {modes[0]}")
@@ -2423,60 +2624,116 @@ def last_line(kind: str, message: object, rank: int) -> None:
     print(f"{PROGRAM}: {process}{kind}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def outside(error: Exception) -> bool:
+    """Tell whether the machine has caused an error: no memory, a lost device, a full disk."""
+    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
+        return True
+    return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
+
+
+@contextmanager
+def own_torch() -> Iterator[None]:
+    """Compute as in a new process, whatever a notebook has switched in torch, for a while."""
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        stack.callback(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        torch.use_deterministic_algorithms(False)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def check_torch() -> None:
+    """Raise Failure if PyTorch is too old for this program."""
+    version = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if version < TORCH:
+        needed = ".".join(map(str, TORCH))
+        advice = "pip install -r requirements.txt brings it"
+        raise Failure(f"this is torch {torch.__version__}, but {needed} is needed; {advice}")
+
+
 def main(argv: Sequence[str] = ()) -> int:
     """Run a command line, such as ["--epochs", "2"], and return the exit code.
 
-    0: done; 1: something outside went wrong; 2: wrong input; 130 or 143: stopped by a signal.
+    0: done; 1: something outside went wrong; 2: wrong input; 128 and its number: stopped by a
+    signal; 141: nobody reads the output any more.
     """
     rank = process_rank()
     output = sys.stdout if rank == 0 else io.StringIO()  # only the first process prints
     bars = sys.stderr if rank == 0 else io.StringIO()
     try:
         with redirect_stdout(output), redirect_stderr(bars):
-            run_command(parse_options(argv))
+            check_torch()
+            with own_torch():
+                run_command(parse_options(argv))
         return 0
     except Failure as error:
         if rank == 0:  # it speaks for all, which fail alike
             last_line("error", error, rank)
         return 2 if isinstance(error, WrongInput) else 1
-    except (OSError, torch.OutOfMemoryError) as error:
-        last_line("error", error, rank)
-        return 1
+    except BrokenPipeError:
+        return NO_READER
     except KeyboardInterrupt as interrupt:
         stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
         last_line("stopped", stopped, rank)
         return 128 + stopped.signum
     except SystemExit:  # of argparse, after --help
         return 0
+    except Exception as error:
+        if not outside(error):
+            raise
+        last_line("error", str(error) or "out of memory", rank)
+        return 1
 
 
 @contextmanager
 def own_process() -> Iterator[None]:
-    """Set up, for a while, what a process of its own needs: signals and what it prints to.
+    """Set up, for a while, what a process of its own needs: signals, what it prints to, pictures.
 
     The first signal stops the program in good order, the second one at once; in all processes but
-    the first, every signal does so at once. Characters that the console lacks are shown as escapes.
+    the first, every signal does so at once. Those that are ignored, as with nohup, stay so. A line
+    appears when it is printed. Characters that the console lacks are shown as escapes.
     """
-    signals = (signal.SIGINT, signal.SIGTERM)
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    signals = [signum for signum in known if signal.getsignal(signum) != signal.SIG_IGN]
 
     def stop(signum: int, frame: object) -> NoReturn:
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
         raise Stopped(signum)
 
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # it is something else in a notebook
-            stream.reconfigure(errors="backslashreplace")
-    handler = stop if process_rank() == 0 else signal.SIG_DFL
-    before = {signum: signal.signal(signum, handler) for signum in signals}
-    try:
+    with ExitStack() as stack:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # it is something else in a notebook
+                before = {"errors": stream.errors, "line_buffering": stream.line_buffering}
+                stack.callback(stream.reconfigure, **before)
+                stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        backend = os.environ.get("MPLBACKEND")  # that of a notebook may not be installed here
+        if backend is not None:
+            stack.callback(os.environ.__setitem__, "MPLBACKEND", backend)
+            del os.environ["MPLBACKEND"]
+        handler = stop if process_rank() == 0 else signal.SIG_DFL
+        for signum in signals:
+            stack.callback(signal.signal, signum, signal.signal(signum, handler))
         yield
-    finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous)
 
 
-if __name__ == "__main__":
+def run_script() -> NoReturn:
+    """Run this process's command line."""
     with own_process():
         code = main(sys.argv[1:])
+        if code == NO_READER:  # Python would complain once more of what it cannot print
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+if __name__ == "__main__" and "__file__" in globals():  # not when pasted into a notebook
+    run_script()

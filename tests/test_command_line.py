@@ -165,10 +165,10 @@ def test_an_output_folder_that_cannot_be_written_to_is_refused(
 ):
     Path("closed").mkdir()
 
-    def touch(self: Path) -> None:
+    def write_once(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", touch)
+    monkeypatch.setattr(dcgan_mnist.RunFolder, "write_once", write_once)
     assert run("--output-dir", "closed").is_one_line(2, "--output-dir", "closed", "Permission")
     assert contents(".") == {}
 
@@ -185,6 +185,18 @@ def test_a_device_that_is_not_there_ends_with_one_line(
     assert contents(".") == {}
 
 
+def let_devices_compute(monkeypatch: pytest.MonkeyPatch, fault: str = "") -> None:
+    """Stand in for the small sum by which a device shows that it can compute, or that it cannot."""
+    original = torch.ones
+
+    def ones(*size: int, device: torch.device | None = None, **options: object) -> torch.Tensor:
+        if fault and device is not None and torch.device(device).type == "cuda":
+            raise RuntimeError(fault)
+        return original(*size, **options)
+
+    monkeypatch.setattr(torch, "ones", ones)
+
+
 @pytest.mark.parametrize(
     ("cuda", "mps", "expected"),
     [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
@@ -192,6 +204,7 @@ def test_a_device_that_is_not_there_ends_with_one_line(
 def test_auto_takes_the_fastest_device(
     monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str
 ):
+    let_devices_compute(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -208,7 +221,25 @@ def torchrun(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
 
 
+def test_a_gpu_that_this_pytorch_has_no_kernels_for_is_told_of_before_training(
+    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fault = "CUDA error: no kernel image is available for execution on the device"
+    let_devices_compute(monkeypatch, f"{fault}\nCompile with `TORCH_USE_CUDA_DSA`")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    outcome = run("--device", "cuda")
+    assert outcome.is_one_line(2, "error: argument --device: ", fault, "pytorch.org", "cpu")
+    assert contents(".") == {}
+    assert dcgan_mnist.pick_device("auto") == torch.device("cpu")
+    warning = capsys.readouterr().out
+    assert warning.startswith("warning: ")
+    assert fault in warning
+    assert warning.endswith("computing on cpu instead\n")
+
+
 def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    let_devices_compute(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for rank in (0, 1):
@@ -232,6 +263,7 @@ def test_what_an_earlier_job_left_in_the_environment_changes_nothing(
     assert (outcome.code, outcome.err) == (0, "")
     assert "saved to left" in outcome.out
     assert_same_run("clean", "left")
+    let_devices_compute(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert dcgan_mnist.pick_device("auto") == torch.device("cuda", 0)
@@ -490,7 +522,7 @@ def test_everything_is_as_before_after_a_run_however_it_ends(
 @pytest.mark.usefixtures("deterministic_or_not")
 @pytest.mark.parametrize(
     ("argv", "code"),
-    [(["--epochs", "0"], 2), (["--generate", "3", "--output-dir", "none"], 1), (["--resume"], 1)],
+    [(["--epochs", "0"], 2), (["--generate", "3", "--output-dir", "none"], 1)],
 )
 def test_everything_is_as_before_after_a_command_that_cannot_be(run, argv: list[str], code: int):
     before = unusual_surroundings()
@@ -556,9 +588,9 @@ def test_long_folders_whose_names_are_not_ascii_serve_for_digits_and_output(run,
     shutil.copytree(data_dir, digits)
     output = Path(*["résultat" * 10] * 5)
     assert min(len(str(digits.absolute())), len(str(output))) > 260
-    folders = ("--data-dir", digits, "--output-dir", output)
-    for command in ([*THREE_STEPS, "--epochs", 1], ["--resume", "--epochs", 2], ["--generate", 3]):
-        outcome = run(*command, *folders)
+    begin = (*THREE_STEPS, "--epochs", 1, "--data-dir", digits)
+    for command in (begin, ("--resume", "--epochs", 2, "--data-dir", digits), ("--generate", 3)):
+        outcome = run(*command, "--output-dir", output)
         assert (outcome.code, outcome.err) == (0, "")
     assert set(contents(output)) == RUN_FILES | {"generated.npy", "generated.png"}
 

@@ -294,12 +294,6 @@ def test_a_finished_run_says_so_and_stays_as_it_is(run, whole: Path):
     assert contents("result") == contents(whole)
 
 
-def test_resume_needs_a_checkpoint(run):
-    path = Path("result/checkpoint.pt")
-    assert run("--resume").is_one_line(1, "error: ", str(path), "train first")
-    assert not any(Path().iterdir())
-
-
 def test_the_log_names_the_time_left_after_each_epoch(run, monkeypatch):
     clock = 0
 

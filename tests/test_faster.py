@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -526,7 +527,7 @@ class FakeConnection:
     def __init__(self) -> None:
         self.state = "none"
 
-    def connect(self, backend: str) -> None:
+    def connect(self, backend: str, **_: object) -> None:
         assert self.state == "none"
         self.state = "open"
 
@@ -545,6 +546,8 @@ def connection(monkeypatch: pytest.MonkeyPatch) -> FakeConnection:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")
+    store = SimpleNamespace(set_timeout=lambda _: None)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
     monkeypatch.setattr(distributed, "init_process_group", connection.connect)
     monkeypatch.setattr(distributed, "destroy_process_group", connection.disconnect)
     monkeypatch.setattr(distributed, "broadcast_object_list", lambda _: None)
@@ -686,7 +689,7 @@ def test_a_process_that_is_found_lost_outside_the_communication_is_said_too(
 def test_processes_that_cannot_connect_end_with_one_line(
     run, connection: FakeConnection, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
 ):
-    def fail(_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise fault("the server is not there")
 
     monkeypatch.setattr(distributed, "init_process_group", fail)

@@ -458,7 +458,8 @@ def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(
         waits.clear()
         return original(self, target)
 
-    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(dcgan_mnist, "PATIENCE", 10)
+    monkeypatch.setattr(dcgan_mnist, "SHORT_PATIENCE", 1.5)  # as on Windows
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setattr(Path, "replace", replace)
     outcome = run(*THREE_STEPS, "--epochs", 2)

@@ -557,7 +557,7 @@ def go_on(run: dcgan_mnist.Run, epochs: int, lr_g: float, lr_d: float) -> None:
     step = functools.partial(dcgan_mnist.training_step, run.gan)
     scorer = Scorer(read_scorer(), "test", CPU)
     for stats in dcgan_mnist.train_epochs(run.gan, step, digits, run.gan.epoch + epochs, 1000):
-        dcgan_mnist.score(run, stats, scorer)
+        print("\n".join(dcgan_mnist.score(run, stats, scorer)))
 
 
 def test_real_collapses_are_warned_of_and_the_healthy_run_before_them_is_not(
