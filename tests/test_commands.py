@@ -1067,6 +1067,7 @@ class Bomb:
         return Path.write_text, (Path("exploded"), "!")
 
 
+FIVE = np.full((5, 28, 28), 9, np.uint8)
 NO_DIGITS = {
     "float": np.zeros((5, 28, 28)),
     "flat": np.zeros((5, 784), np.uint8),
@@ -1091,7 +1092,7 @@ def test_files_that_hold_no_digits_are_refused(run, kind: str):
         dcgan_mnist.grid(torch.zeros(1, 28, 28).byte()).save(path, "PNG")
     elif kind == "arrays":
         with path.open("wb") as file:
-            np.savez(file, one=np.ones(1), two=np.ones(2))
+            np.savez(file, one=FIVE, two=FIVE)
     elif kind == "archive":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("digits.txt", "7")
