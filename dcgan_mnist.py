@@ -779,8 +779,8 @@ def without_gz(file: Path) -> Path:
 def read_split(files: list[Path], in_idx: list[Path], split: str) -> tuple[Tensor, Path]:
     """Read the one file in MNIST's format that holds a split, among all the files of a folder.
 
-    Files with the same pictures count as one. Raises Unusable if there is none, if there are
-    several, or if it is damaged.
+    Files with the same pictures count as one. Raises Unusable if it is damaged, and WrongInput if
+    there is none or if there are several.
     """
     wanted = {without_gz(file) for file in in_idx if may_hold(file, split)}
     if not wanted:
@@ -803,12 +803,12 @@ def read_split(files: list[Path], in_idx: list[Path], split: str) -> tuple[Tenso
             print(f"warning: {twin} holds no sound pictures; {file} is read instead")
     if not sound:
         raise next(iter(damaged.values()))
-    if damaged or len({sha256_of(digits) for digits in sound.values()}) > 1:
+    source, digits = next(iter(sound.items()))
+    if damaged or not all(torch.equal(digits, others) for others in sound.values()):
         names = [str(file) for file in sound]
         names += [f"{file} (damaged, or not 28 x 28)" for file in damaged]
         several = f"each of these may hold the {split} split: {', '.join(names)}"
         raise WrongInput(f"{several}; name the file itself")
-    source, digits = next(iter(sound.items()))
     return digits, source
 
 
@@ -855,7 +855,7 @@ def checked(pictures: Tensor, path: Path) -> Tensor:
 
 
 def read_folder(paths: list[Path]) -> Tensor:
-    """Read files that each hold a picture: (n, 28, 28) of uint8. Raises Unusable."""
+    """Read files that each hold a picture: (n, 28, 28) of uint8. Raises WrongInput."""
     digits = torch.empty(len(paths), 28, 28, dtype=torch.uint8)
     several = 0
     shown = progress_bar(paths, desc="reading", unit="picture") if len(paths) >= 2000 else paths
@@ -1244,7 +1244,7 @@ class ComparedStep:
         if not self.gradients or len(self.recorded) > recorded:  # it was a replay
             self.gradients = list(self.recorded)
         for name, part in self.plain.parts().items():
-            part.load_state_dict(copy.deepcopy(before[name]))
+            part.load_state_dict(before[name])
         with torch.random.fork_rng([]):
             torch.set_rng_state(self.random_numbers)
             expected = training_step(self.plain, real.cpu(), z.cpu())
@@ -1733,11 +1733,6 @@ def epoch_picture(epoch: int) -> str:
     return f"generated_epoch_{epoch:03d}.png"
 
 
-def picture_of_epoch(run: Run, epoch: int) -> bytes:
-    """Return the picture of an epoch."""
-    return png(grid(run.samples(epoch)))
-
-
 PICTURES: dict[str, Callable[[Run], bytes]] = {  # anew after each epoch
     "real_samples.png": lambda run: png(grid(run.real)),
     TIMELINE: lambda run: png(stacked(stages(run.samples, run.gan.epoch, run.real))),
@@ -1893,13 +1888,14 @@ class RunFolder:
         """Write a checkpoint or what is like one, if need be after some tries. Raises Failure."""
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        with explained(f"cannot write {self.path / name}", OSError, advice):
-            patiently(lambda: self.write_once(name, buffer.getbuffer()), PATIENCE)
+        self.write(name, buffer.getbuffer(), PATIENCE, advice)
 
-    def write(self, name: str, content: bytes | memoryview) -> None:
+    def write(
+        self, name: str, content: bytes | memoryview, patience: float = 0, advice: str = ""
+    ) -> None:
         """Write a file whole or, with a Failure, not at all; what was there is then still there."""
-        with explained(f"cannot write {self.path / name}", OSError):
-            patiently(lambda: self.write_once(name, content), SHORT_PATIENCE)
+        with explained(f"cannot write {self.path / name}", OSError, advice):
+            patiently(lambda: self.write_once(name, content), max(patience, SHORT_PATIENCE))
 
     def write_once(self, name: str, content: bytes | memoryview) -> None:
         """Write a file whole or, with an OSError, not at all."""
@@ -1930,12 +1926,12 @@ class RunFolder:
         """Bring table and pictures up to date; one that cannot be written costs a warning."""
         with only_warned(f"cannot write {self.path / HISTORY}", AGAIN):
             self.write_table(run)
-        pictures = {
-            epoch_picture(epoch): functools.partial(picture_of_epoch, epoch=epoch)
-            for epoch in range(1, run.gan.epoch + 1)
-            if not (self.path / epoch_picture(epoch)).exists()
-        }
-        for name, picture in (pictures | PICTURES).items():
+        for epoch in range(1, run.gan.epoch + 1):
+            path = self.path / epoch_picture(epoch)
+            if not path.exists():
+                with only_warned(f"cannot draw {path}", AGAIN):
+                    self.write(path.name, png(grid(run.samples(epoch))))
+        for name, picture in PICTURES.items():
             with only_warned(f"cannot draw {self.path / name}", AGAIN):
                 self.write(name, picture(run))
 
@@ -2115,8 +2111,7 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
             print(f"{done}; to add more, give a larger --epochs")
             return
         scorer = find_scorer(run.data["sha256"], device)
-        print(f"Training on {len(digits):,} pictures from {where}")
-        announce(settings, device, folder)
+        announce(settings, device, f"{len(digits):,} pictures from {where}", folder)
         score_save_draw(run, loop, scorer, folder)
         if isinstance(step, ComparedStep):
             print(f"Largest deviation from fp32 on the CPU: {step.largest:.1e} ({step.of})")
@@ -2151,12 +2146,7 @@ def settle(
         if not data_dir.exists():
             gone = f"the run began with the pictures in {data_dir}, which is not there now"
             raise WrongInput(f"argument --data-dir: {gone}; name the place where they are")
-    digits, source, others = load_pictures(data_dir, settings.split, "split" in given)
-    if checkpoint is not None and checkpoint["data"]["sha256"] != sha256_of(digits):
-        changed = f"{source} holds other pictures than those the run started with"
-        raise WrongInput(f"argument --data-dir: {changed}; name the place where they are")
-    if data_dir is not None:
-        check_apart(source, folder.path)
+    digits, where = pictures_of_run(data_dir, settings.split, "split" in given, checkpoint, folder)
     count = len(digits)
     if settings.batch_size > count:
         few = f"a batch has {settings.batch_size} pictures, but there are only {count} in all"
@@ -2165,8 +2155,27 @@ def settle(
     if settings.batch_size % processes or 0 < count % settings.batch_size < processes:
         shares = f"{processes} processes cannot share every batch; choose another size"
         raise WrongInput(f"argument --batch-size: {shares}")
-    where = f"{source} (other files there: {others:,})" if others else str(source)
     return settings, epochs, digits, where, data_dir, checkpoint
+
+
+def pictures_of_run(
+    data_dir: Path | None,
+    split: str,
+    split_given: bool,
+    checkpoint: dict | None,
+    folder: RunFolder,
+) -> tuple[Tensor, str]:
+    """Return the pictures to train on and where they were found. Raises Failure.
+
+    They must be those that the run began with, and not among what the program writes.
+    """
+    digits, source, others = load_pictures(data_dir, split, split_given)
+    if checkpoint is not None and checkpoint["data"]["sha256"] != sha256_of(digits):
+        changed = f"{source} holds other pictures than those the run started with"
+        raise WrongInput(f"argument --data-dir: {changed}; name the place where they are")
+    if data_dir is not None:
+        check_apart(source, folder.path)
+    return digits, f"{source} (other files there: {others:,})" if others else str(source)
 
 
 def check_apart(source: Path, output: Path) -> None:
@@ -2226,8 +2235,9 @@ def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
     return scorer
 
 
-def announce(settings: Settings, device: torch.device, folder: RunFolder) -> None:
-    """Print where training computes and what there will be to see."""
+def announce(settings: Settings, device: torch.device, what: str, folder: RunFolder) -> None:
+    """Print on what training begins, where it computes and what there will be to see."""
+    print(f"Training on {what}")
     if settings.precision == "bf16" and not has_bf16(device):
         print(f"warning: this {device.type} has no bf16 arithmetic; fp32 is many times faster")
     print(f"Computing on {device.type} in {settings.precision}")

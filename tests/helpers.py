@@ -1,13 +1,16 @@
 """What several test files share: files in MNIST's format, small networks, looks at a run."""
 
 import importlib.util
+import os
 import re
 import signal
 import struct
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import pytest
 import torch
@@ -58,6 +61,31 @@ class Outcome:
     def warnings(self) -> list[str]:
         """Return the lines of the log that warn."""
         return [line for line in self.out.splitlines() if line.startswith("warning: ")]
+
+
+def raising(error: BaseException) -> Callable[..., NoReturn]:
+    """Return a function that raises an error, whatever it is called with."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
+def finished(
+    command: str | list[str], folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, on one thread since other tests need the other core, and wait for its end."""
+    return subprocess.run(
+        command,
+        shell=isinstance(command, str),
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def load_script(path: Path) -> ModuleType:

@@ -17,19 +17,10 @@ from typing import NoReturn
 
 import pytest
 import torch
-from helpers import ROOT, RUN_FILES, SMALL, THREE_STEPS, assert_same_run, contents, saved
+from helpers import ROOT, RUN_FILES, SMALL, THREE_STEPS, assert_same_run, contents, raising, saved
 
 import dcgan_mnist
 from dcgan_mnist import Failure, Settings, setting
-
-
-def raising(error: BaseException) -> Callable[..., NoReturn]:
-    """Return a function that raises an error, whatever it is called with."""
-
-    def fail(*_: object, **__: object) -> NoReturn:
-        raise error
-
-    return fail
 
 
 def script(

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SMALL, THREE_STEPS, contents, saved, write_idx
+from helpers import ROOT, SMALL, THREE_STEPS, contents, finished, saved, write_idx
 from PIL import Image
 from torchvision.datasets import MNIST
 
@@ -100,17 +99,8 @@ def test_either_split_needs_no_network_and_no_right_to_write(tmp_path: Path, spl
     before = contents(clone)
     for path in [*clone.rglob("*"), clone]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    # on one thread, for the other tests need the other core
-    env = os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", code, *flags],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-B", "-c", code, *flags]
+    done = finished(command, tmp_path, PYTHONPATH=str(clone))
     for path in [clone, *clone.rglob("*")]:
         path.chmod(0o755)
     assert done.returncode == 0, done.stderr

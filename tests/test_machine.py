@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from helpers import (
     assert_same_run,
     change_steps,
     contents,
+    raising,
     saved,
 )
 
@@ -31,15 +31,6 @@ import dcgan_mnist
 
 LIMIT = 120  # seconds for which a process may run
 TWO_EPOCHS = (*THREE_STEPS, "--epochs", 2)
-
-
-def raising(error: BaseException) -> Callable[..., NoReturn]:
-    """Return a function that raises an error, whatever it is given."""
-
-    def fail(*_: object, **__: object) -> NoReturn:
-        raise error
-
-    return fail
 
 
 # ------------------------------------------- decoration -------------------------------------------
@@ -67,7 +58,6 @@ def test_a_picture_that_its_library_cannot_draw_costs_a_warning(
         assert str(Path("result", picture)) in warning
         assert type(error).__name__ in warning
         assert str(error) in warning
-    monkeypatch.undo()
 
 
 def test_the_warning_names_the_line_that_is_broken(
@@ -463,7 +453,6 @@ def test_what_a_notebook_has_set_does_not_reach_the_run_and_stays(
         assert (outcome.code, outcome.err) == (0, "")
         assert outcome.warnings() == []
         assert state() == before
-    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cpu"))
     torch.set_default_device(None)
     assert_same_run("clean", "switched")
 

@@ -5,13 +5,12 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import LOG_LINE, ROOT, RUN_FILES, SMALL, write_idx, write_split
+from helpers import LOG_LINE, ROOT, RUN_FILES, SMALL, finished, write_idx, write_split
 
 import dcgan_mnist
 
@@ -141,17 +140,7 @@ def small_clone(tmp_path: Path) -> Path:
 def output_of(command: str, folder: Path) -> str:
     """Run a command with small networks and this Python; return what it prints to stdout."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        f"{command} {' '.join(SMALL)}",
-        shell=True,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = finished(f"{command} {' '.join(SMALL)}", folder, PATH=path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
