@@ -360,10 +360,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a context in which layers compute in "fp32" or "bf16"; their weights stay in fp32.
 
-    It keeps the weights that it has cast, so it must end before an optimiser changes them. Each
-    call of a network has one of its own: within one, bf16 gradients would be summed in bf16.
+    It keeps no weights that it has cast: optimisers change the weights, and the gradients of two
+    calls would be added up in bf16.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    enabled = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
 
 
 def place(network: nn.Module, device: torch.device) -> nn.Module:
@@ -470,7 +471,6 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     gan.optimizer_d.zero_grad()
     with gan.autocast():
         on_real = gan.discriminator.logits(real)  # (n,)
-    with gan.autocast():
         on_fake = gan.discriminator.logits(fake.detach())  # no gradient for the generator
     ds_loss = bce(on_real, torch.ones_like(on_real)) + bce(on_fake, torch.zeros_like(on_fake))
     ds_loss.backward()
@@ -1139,11 +1139,14 @@ def connected(device: torch.device) -> Iterator[None]:
     if not started_by_torchrun():
         yield
         return
-    with explained("the processes of this run cannot connect", (dist.DistError, ValueError)):
+    try:
         store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         store.set_timeout(timedelta(minutes=30))  # later, the others wait while the first scores
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    except (RuntimeError, ValueError) as error:  # of whatever kind, for this only communicates
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"the processes of this run cannot connect ({reason})") from error
     try:
         with explained(LOST, dist.DistError):
             yield
@@ -1794,9 +1797,9 @@ class RunFolder:
         """
         if not self.path.is_dir():
             return True
-        names = {path.name for path in self.path.iterdir()}
-        ours = {name for name in names if is_ours(name)} - {BEST}
-        return not ours and not any(name.startswith("previous_") for name in names)
+        here = {path.name for path in self.path.iterdir() if is_ours(path.name)}
+        below = {path.name for path in self.path.glob("previous_*/*")}
+        return here | below <= {BEST}
 
     def begin(self, dry_run: bool) -> None:
         """Make and take the folder, and move the files of an earlier run into one below it.
@@ -2097,7 +2100,7 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
             with only_warned("no summary of the networks"):
                 print_summaries(gan.generator, gan.discriminator, settings.latent_dim)
         step = fastest_step(gan, graph=options.graph == "auto")
-        if settings.dry_run and not started_by_torchrun():
+        if settings.dry_run and not started_by_torchrun():  # each process computes a part only
             step = ComparedStep(gan, step)
         loop = train_epochs(gan, step, digits.to(device), epochs, options.log_every or LOG_EVERY)
         if not first:
@@ -2653,6 +2656,10 @@ def own_torch() -> Iterator[None]:
             warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
         torch.use_deterministic_algorithms(False)
+        for device in ("cpu", "cuda", "mps"):
+            enabled = torch.is_autocast_enabled(device)
+            stack.callback(torch.set_autocast_enabled, device, enabled)
+            torch.set_autocast_enabled(device, False)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))

@@ -26,6 +26,7 @@ from helpers import (
     change_steps,
     contents,
     new_gan,
+    raising,
     same,
     saved,
     write_split,
@@ -685,16 +686,21 @@ def test_a_process_that_is_found_lost_outside_the_communication_is_said_too(
     assert connection.state == "closed"
 
 
-@pytest.mark.parametrize("fault", [distributed.DistNetworkError, ValueError])
-def test_processes_that_cannot_connect_end_with_one_line(
-    run, connection: FakeConnection, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+@pytest.mark.parametrize("fault", [distributed.DistNetworkError, RuntimeError, ValueError])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_that_cannot_connect_ends_with_one_line(
+    run,
+    connection: FakeConnection,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: type[Exception],
+    rank: int,
 ):
-    def fail(*_: object, **__: object) -> None:
-        raise fault("the server is not there")
-
-    monkeypatch.setattr(distributed, "init_process_group", fail)
+    monkeypatch.setenv("RANK", str(rank))
+    error = fault("the server is not there\n[127.0.0.1]:29500")
+    monkeypatch.setattr(distributed, "init_process_group", raising(error))
     outcome = run(*THREE_STEPS, "--epochs", 1)
-    assert outcome.is_one_line(1, "error: ", "cannot connect", "the server is not there")
+    assert outcome.is_one_line(1, "error: ", "cannot connect (the server is not there)")
+    assert ("process 1: " in outcome.err) == (rank == 1)
     assert connection.state == "none"
     assert not Path("result").exists()
 

@@ -325,13 +325,22 @@ def leave_half_a_file() -> None:
     Path("result/generator_best.pt").write_bytes(b"of the first epoch")
 
 
+def leave_two_half_runs() -> None:
+    """Leave what is left if the second run, too, is killed in its first epoch."""
+    leave_half_a_file()
+    Path("result/previous_001").mkdir()
+    Path("result/previous_001/generator_best.pt").write_bytes(b"of the first run")
+
+
 def leave_something_else() -> None:
     """Leave a file of the user."""
     Path("result").mkdir()
     Path("result/job.log").write_text("mine")
 
 
-@pytest.mark.parametrize("leave", [leave_nothing, leave_half_a_file, leave_something_else])
+@pytest.mark.parametrize(
+    "leave", [leave_nothing, leave_half_a_file, leave_two_half_runs, leave_something_else]
+)
 def test_resume_begins_a_run_where_there_is_none_yet_and_says_so(run, leave: Callable[[], None]):
     assert run(*TWO_EPOCHS, "--output-dir", "whole").code == 0
     leave()
@@ -379,6 +388,12 @@ def switch_gradients() -> None:
     torch.set_grad_enabled(False)
 
 
+def switch_autocast() -> None:
+    """Let layers and products compute in bf16."""
+    torch.set_autocast_enabled("cpu", True)
+    torch.autocast_increment_nesting()  # as within a cell's "with torch.autocast"
+
+
 def switch_deterministic() -> None:
     """Let torch refuse what is not computed the same every time."""
     torch.use_deterministic_algorithms(True)
@@ -400,6 +415,7 @@ SWITCHES = [
     switch_dtype,
     switch_device,
     switch_gradients,
+    switch_autocast,
     switch_deterministic,
     switch_style,
     switch_random_numbers,
@@ -414,6 +430,7 @@ def state() -> dict[str, object]:
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
         "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "style": dict(matplotlib.rcParams),
         "random numbers": torch.default_generator.get_state().tolist(),
@@ -433,6 +450,9 @@ def put_back() -> Iterator[None]:
     torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
+    if torch.is_autocast_enabled("cpu"):
+        torch.set_autocast_enabled("cpu", False)
+        torch.autocast_decrement_nesting()
     torch.use_deterministic_algorithms(False)
     torch.set_rng_state(random_numbers)
 
@@ -455,6 +475,22 @@ def test_what_a_notebook_has_set_does_not_reach_the_run_and_stays(
         assert state() == before
     torch.set_default_device(None)
     assert_same_run("clean", "switched")
+
+
+def test_autocast_around_main_does_not_reach_what_a_step_computes(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    products = []
+
+    def multiply(_: int, stats: torch.Tensor) -> torch.Tensor:
+        products.append(torch.ones(2, 2) @ torch.ones(2, 2))
+        return stats
+
+    change_steps(monkeypatch, multiply)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(*THREE_STEPS, "--epochs", 1).code == 0
+        assert torch.is_autocast_enabled("cpu")
+    assert {product.dtype for product in products} == {torch.float32}
 
 
 def test_main_in_a_notebook_means_the_defaults(run, monkeypatch: pytest.MonkeyPatch):
