@@ -1215,67 +1215,65 @@ TOLERANCE = {"fp32": 0.05, "bf16": 0.6}
 
 
 class ComparedStep:
-    """A training step that raises Failure if it differs from what is written.
+    """A training step that raises Failure if it computes something else than what is written.
 
-    Each step is computed once more: in fp32 on the CPU, by the layers as they are, from the same
-    weights, digits and noise. What the optimisers do is compared from the gradients of the device,
-    since Adam makes much of small differences. ``largest`` is the largest relative deviation so
-    far, ``of`` what it is of. Layers that draw random numbers are compared on a CPU only, for
-    devices have others.
+    Each step is taken once more: in fp32 on the CPU, by the layers as they are, from the same
+    weights, digits and noise. Compared are the losses, the gradients, and what the optimisers make
+    of the device's gradients; of their own they would not make the same, for Adam turns small
+    differences into large ones. ``largest`` is the largest relative deviation so far, ``of`` what
+    it is of.
     """
 
     def __init__(self, gan: DCGAN, step: Step) -> None:
         self.gan = gan
         self.step = step
-        settings = dataclasses.replace(gan.settings, precision="fp32")
-        self.plain = DCGAN(settings, torch.device("cpu"))
         self.largest = 0.0
         self.of = "nothing"
+        self.plain = DCGAN(dataclasses.replace(gan.settings, precision="fp32"), torch.device("cpu"))
         self.gradients: list[list[Tensor]] = []  # on the device, of each update of a step
         self.recorded: list[list[Tensor]] = []  # the same in a CUDA graph, which replays refill
+        self.deviations: dict[str, float] = {}
         for optimizer in (gan.optimizer_d, gan.optimizer_g):
             optimizer.register_step_pre_hook(self.keep_gradients)
         for optimizer in (self.plain.optimizer_d, self.plain.optimizer_g):
             optimizer.register_step_pre_hook(self.compare_gradients)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
-        before = {name: copy.deepcopy(part.state_dict()) for name, part in self.gan.parts().items()}
-        self.random_numbers = torch.get_rng_state()
-        self.gradients = []
-        recorded = len(self.recorded)
-        stats = self.step(real, z)
-        if not self.gradients or len(self.recorded) > recorded:  # it was a replay
-            self.gradients = list(self.recorded)
+        parts = self.gan.parts()
         for name, part in self.plain.parts().items():
-            part.load_state_dict(before[name])
+            part.load_state_dict(copy.deepcopy(parts[name].state_dict()))
+        before = {name: weight.detach().clone() for name, weight in named_weights(self.plain)}
+        random_numbers = torch.get_rng_state()
+        self.gradients.clear()
+        stats = self.step(real, z)
+        self.gradients = self.gradients or list(self.recorded)
+        self.deviations.clear()
         with torch.random.fork_rng([]):
-            torch.set_rng_state(self.random_numbers)
+            torch.set_rng_state(random_numbers)
             expected = training_step(self.plain, real.cpu(), z.cpu())
-            if not self.is_comparable():
-                self.of = "nothing, since layers draw random numbers"
-                return stats
+            draws = not torch.equal(torch.get_rng_state(), random_numbers)
         for name, value, plain in zip(STATS, stats.cpu(), expected, strict=True):
             if name.endswith("loss"):
-                self.note(name, value - plain, plain.abs())
-        weights = zip(parameters_of(self.gan), parameters_of(self.plain), strict=True)
-        for (key, weight), (_, plain) in weights:
-            network, name = key.split(".", 1)
-            update = plain - before[network][name].cpu()
+                self.compare(name, value, plain, plain.norm())
+        weights = dict(named_weights(self.gan))
+        for name, plain in named_weights(self.plain):
+            update = plain - before[name]
             scale = update.norm() + 1e-3 * plain.norm()  # rounding hides very small updates
-            self.note(f"update of {key}", weight.cpu() - plain, scale)
+            self.compare(f"update of {name}", weights[name].cpu(), plain, scale)
+        if draws and self.gan.device.type != "cpu":  # devices have other random numbers
+            self.of = "nothing, since layers draw random numbers"
+        else:
+            self.judge()
         return stats
-
-    def is_comparable(self) -> bool:
-        """Tell whether the plain step has drawn the same random numbers as the device, or none."""
-        on_cpu = self.gan.device.type == "cpu"
-        return on_cpu or torch.equal(torch.get_rng_state(), self.random_numbers)
 
     def keep_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Keep the gradients of an update on the device."""
-        cuda = self.gan.device.type == "cuda"
-        is_recording = cuda and torch.cuda.is_current_stream_capturing()
-        kept = self.recorded if is_recording else self.gradients
-        kept.append([weight.grad.clone() for weight in weights_of(optimizer)])
+        gradients = [weight.grad.clone() for weight in with_gradient(optimizer)]
+        if self.gan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.gradients.clear()  # those of the steps that came before the recording
+            self.recorded.append(gradients)
+        else:
+            self.gradients.append(gradients)
 
     def compare_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Compare the gradients of a plain update with those on the device, and take the latter.
@@ -1283,39 +1281,44 @@ class ComparedStep:
         Left out are those that are zero but for rounding, such as of biases before BatchNorm. Small
         ones, sums of much that cancels out, count for less.
         """
-        names = {weight: key for key, weight in parameters_of(self.plain)}
-        weights = weights_of(optimizer)
+        names = {weight: name for name, weight in named_weights(self.plain)}
+        weights = with_gradient(optimizer)
         largest = max(weight.grad.norm() for weight in weights)
         for weight, gradient in zip(weights, self.gradients.pop(0), strict=True):
             plain = weight.grad
             weight.grad = gradient.cpu()
-            if plain.norm() > 1e-4 * largest and self.is_comparable():
+            if plain.norm() > 1e-4 * largest:
                 scale = plain.norm() + 0.1 * largest
-                self.note(f"gradient of {names[weight]}", weight.grad - plain, scale)
+                self.compare(f"gradient of {names[weight]}", weight.grad, plain, scale)
 
-    def note(self, of: str, difference: Tensor, scale: Tensor) -> None:
-        """Keep a deviation if it is the largest. Raises Failure if it is too large."""
-        if not difference.any():
-            return
-        deviation = (difference.norm() / scale).item()
+    def compare(self, of: str, value: Tensor, plain: Tensor, scale: Tensor) -> None:
+        """Keep how far a value of the device is from the plain one, relative to a scale."""
+        if not torch.equal(value, plain):
+            deviation = ((value - plain).norm() / scale).item()
+            self.deviations[of] = max(deviation, self.deviations.get(of, 0.0))
+
+    def judge(self) -> None:
+        """Raise Failure if a deviation of this step is too large."""
         precision = self.gan.settings.precision
-        if not deviation <= TOLERANCE[precision]:  # also if it is not a number
-            wrong = f"{self.gan.device.type} in {precision} computes something else than is written"
-            amount = f"the {of} differs by {deviation:.1e} from that in fp32 on the CPU"
-            raise Failure(f"{wrong}: {amount}; try --graph off, --precision fp32 or --device cpu")
-        if deviation > self.largest:
-            self.largest = deviation
-            self.of = of
+        for of, deviation in self.deviations.items():
+            if not deviation <= TOLERANCE[precision]:  # also if it is not a number
+                wrong = f"{self.gan.device.type} in {precision} computes otherwise than is written"
+                amount = f"the {of} differs by {deviation:.1e} from that in fp32 on the CPU"
+                advice = "try --graph off, --precision fp32 or --device cpu"
+                raise Failure(f"{wrong}: {amount}; {advice}")
+            if deviation > self.largest:
+                self.largest = deviation
+                self.of = of
 
 
-def parameters_of(gan: DCGAN) -> list[tuple[str, nn.Parameter]]:
+def named_weights(gan: DCGAN) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters of both networks by their names in a DCGAN."""
     generator = list(gan.generator.named_parameters(prefix="generator"))
     return generator + list(gan.discriminator.named_parameters(prefix="discriminator"))
 
 
-def weights_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return what an optimiser updates."""
+def with_gradient(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the weights that an optimiser updates."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return [weight for weight in weights if weight.grad is not None]
 
