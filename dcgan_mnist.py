@@ -1300,9 +1300,10 @@ class ComparedStep:
     def judge(self) -> None:
         """Raise Failure if a deviation of this step is too large."""
         precision = self.gan.settings.precision
+        where = f"{self.gan.device.type} in {precision}"
         for of, deviation in self.deviations.items():
             if not deviation <= TOLERANCE[precision]:  # also if it is not a number
-                wrong = f"{self.gan.device.type} in {precision} computes otherwise than is written"
+                wrong = f"{where} computes something else than is written"
                 amount = f"the {of} differs by {deviation:.1e} from that in fp32 on the CPU"
                 advice = "try --graph off, --precision fp32 or --device cpu"
                 raise Failure(f"{wrong}: {amount}; {advice}")
