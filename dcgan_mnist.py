@@ -37,7 +37,7 @@ To change something, go there, and try it with --dry-run:
     a layer                     Generator or Discriminator
     the loss                    training_step and update_generator; its label in curves
     an optimiser                DCGAN.__init__
-    a schedule of the rate      train_epochs, from gan.epoch, before step; with --graph off on a GPU
+    a schedule of the rate      train_epochs, before step, from gan.epoch; on a GPU, --graph off
     a setting and its flag      a line in Settings; networks take it in new_generator and DCGAN
     what may be trained on      read_pictures; as_digit for pictures in a folder
     how digits become images    to_images
@@ -113,7 +113,7 @@ __all__ = [
 ]
 
 PROGRAM = "dcgan_mnist.py"
-TORCH = (2, 11)  # the oldest version that serves
+TORCH = (2, 11)  # the oldest version of PyTorch with which this program runs
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
 SAMPLES = 50  # digits in the picture of an epoch: five rows of ten
@@ -186,9 +186,8 @@ def weights_init(m: nn.Module) -> None:
     else:
         return
     if m.weight is not None:
-        m.weight = nn.init.normal_(
-            m.weight, mean, std=0.02
-        )  # to assign it reaches a parametrization too
+        # assigned, for a parametrized weight, as of spectral_norm, cannot be changed in place
+        m.weight = nn.init.normal_(m.weight, mean, std=0.02)
     if m.bias is not None:
         nn.init.zeros_(m.bias)
 
@@ -251,7 +250,7 @@ class Settings:
         choices=tuple(RECIPES),
     )
     batch_size: int = setting(50, "digits in a training step", low=1, high=60_000)
-    # the rate and the decay of the mean are the paper's; it found a decay of 0.9 to oscillate
+    # lr and beta1 are the paper's, which found that training oscillates with beta1 = 0.9
     lr: float = setting(0.0002, "learning rate of both networks", low=1e-8, high=1.0)
     beta1: float = setting(0.5, "Adam's decay rate of the mean gradient", low=0.0, high=0.9999)
     beta2: float = setting(
@@ -262,8 +261,8 @@ class Settings:
     )
     ema: float = setting(
         0.05,
-        "draw with the generator's weights averaged over this share of the steps so far, the last "
-        "ones; 0: no average",
+        "draw with the generator's weights averaged over the latest steps, this share of all steps "
+        "so far; 0: no average",
         low=0.0,
         high=0.5,
     )
@@ -285,7 +284,7 @@ class Settings:
         "MNIST's format",
         choices=("test", "train"),
     )
-    # the two below have flags of another kind
+    # the flags of these two are in add_hardware_flags and add_run_flags
     precision: str = "fp32"  # of the layers' arithmetic, or "bf16"; weights are always in fp32
     dry_run: bool = False  # only three steps an epoch
 
@@ -304,12 +303,12 @@ def to_images(digits: Tensor) -> Tensor:
 # Every use of random numbers has a stream of its own, which begins anew from the run's seed, so
 # that none depends on what came before it.
 FIRST_WEIGHTS = 0
-FIXED_NOISE = 1  # of the pictures, the same after every epoch
+FIXED_NOISE = 1  # the noise of the sample pictures, the same after every epoch
 DRAWING = 2  # the noise of scores and of --generate
 NORM_STATISTICS = 3  # the noise from which the averaged generator takes BatchNorm's statistics
-ORDER = 4  # of the digits in an epoch
-NOISE = 5  # of the steps of an epoch
-LAYERS = 6  # what layers such as dropout take in an epoch
+ORDER = 4  # the order of the digits in an epoch
+NOISE = 5  # the noise of the steps of an epoch
+LAYERS = 6  # what layers such as dropout draw in an epoch
 
 
 def stream_seed(seed: int, use: int, epoch: int = 0) -> int:
@@ -368,7 +367,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def place(network: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network to a device, in the memory layout that is the fastest there and right."""
+    """Move a network to a device, in the fastest memory layout that gives right results there."""
     if device.type in ("cpu", "cuda"):
         return network.to(device=device, memory_format=torch.channels_last)
     return network.to(device=device)  # on mps, BatchNorm's gradients are wrong in channels_last
@@ -457,10 +456,10 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     After Algorithm 1 of Goodfellow et al. (2014), arXiv:1406.2661, with its non-saturating loss.
     The generator's first update takes the noise that the discriminator has learnt from.
 
-    Who changes this function keeps a contract. On a GPU, it is recorded once into a CUDA graph and
-    then replayed: it makes tensors from tensors on one device, calls no ``.item()``, prints
-    nothing, and takes no Python number that changes from step to step. ``--graph off`` leaves the
-    graph out. Random numbers, such as dropout's, are torch's default ones: each epoch seeds them.
+    If you change this function, keep a contract. On a GPU, it is recorded once as a CUDA graph and
+    then replayed. So it only computes tensors from tensors on one device: no ``.item()``, no
+    printing, no Python number that changes from step to step. With ``--graph off``, it is called as
+    it is. Random numbers, such as dropout's, are torch's default ones: each epoch seeds them.
     """
     noises = z.split(len(real))  # one (n, latent_dim, 1, 1) for each update of the generator
     with gan.autocast():
@@ -641,7 +640,7 @@ SPLIT_OF_DIGITS = {  # MNIST's splits by sha256_of all their digits
 
 def sha256_of(digits: Tensor) -> str:
     """Return the check sum that tells digits (n, 28, 28) of uint8 from others, in hexadecimal."""
-    return hashlib.sha256(digits.cpu().contiguous().numpy()).hexdigest()
+    return hashlib.sha256(digits.contiguous().numpy()).hexdigest()
 
 
 def load_pictures(
@@ -704,13 +703,12 @@ def read_pictures(path: Path, split: str, split_given: bool) -> tuple[Tensor, Pa
         others = len(files) - len(pictures)
     else:
         digits = checked(read_array(path), path)
-    if digits.max() == 1:
-        raise Unusable(f"{path} is almost black: no value is above 1, and white is 255")
+    check_white(digits, path)
     pixels = digits.flatten(1)
     blank = (pixels.amin(dim=1) == pixels.amax(dim=1)).sum().item()
     if blank:
-        reason = "drawn in black on transparent, say"
-        print(f"warning: in {path}, pictures of a single grey ({reason}): {blank:,}")
+        reason = "perhaps black on transparent"
+        print(f"warning: {path} has pictures of a single grey, {reason}: {blank:,}")
     return digits, source, others
 
 
@@ -753,7 +751,7 @@ def first_bytes(path: Path, count: int) -> bytes:
 
 
 def listing(begins: dict[Path, bytes]) -> str:
-    """Name the first three files by their first bytes, and say what those in IDX hold."""
+    """Name the first three files, and say what those in IDX hold, of which the bytes tell."""
     names = []
     for file, begin in list(begins.items())[:3]:
         name = file.name
@@ -798,7 +796,8 @@ def read_split(files: list[Path], in_idx: list[Path], split: str) -> tuple[Tenso
         except Unusable as error:
             damaged[file] = error
     for file in sound:
-        for twin in [twin for twin in damaged if without_gz(twin) == without_gz(file)]:
+        twins = [twin for twin in damaged if without_gz(twin) == without_gz(file)]
+        for twin in twins:
             del damaged[twin]
             print(f"warning: {twin} holds no sound pictures; {file} is read instead")
     if not sound:
@@ -813,7 +812,7 @@ def read_split(files: list[Path], in_idx: list[Path], split: str) -> tuple[Tenso
 
 
 def read_idx(path: Path) -> Tensor:
-    """Read a file of uint8 in MNIST's format, IDX, gzipped or not. Raises ValueError."""
+    """Read a file of uint8 in MNIST's format, IDX. Raises whatever gzip or numpy find wrong."""
     with open_unpacked(path) as file:
         content = file.read()
     zero, kind, dimensions = struct.unpack_from(">HBB", content)
@@ -821,8 +820,6 @@ def read_idx(path: Path) -> Tensor:
         raise ValueError("it is not an IDX file of uint8")
     shape = struct.unpack_from(f">{dimensions}I", content, offset=4)
     values = np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * dimensions)
-    if len(values) != math.prod(shape):
-        raise ValueError(f"it has {len(values):,} values, not those of the shape {shape}")
     return torch.from_numpy(values.reshape(shape))
 
 
@@ -852,6 +849,12 @@ def checked(pictures: Tensor, path: Path) -> Tensor:
         kind = str(pictures.dtype).removeprefix("torch.")
         raise Unusable(f"{path} holds {kind} of shape {shape}, not uint8 of shape (n, 28, 28)")
     return pictures
+
+
+def check_white(digits: Tensor, path: Path) -> None:
+    """Raise Unusable if values are those of 0 and 1 instead of 0 and 255."""
+    if digits.max() <= 1:
+        raise Unusable(f"{path} is almost black: no value is above 1, and white is 255")
 
 
 def read_folder(paths: list[Path]) -> Tensor:
@@ -943,6 +946,7 @@ def pick_device(name: str) -> torch.device:
     if kind == "cuda":
         number = int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else 0
         if number >= torch.cuda.device_count():
+            # no Failure: of those, only the first process prints its own
             raise OSError(f"there is no GPU number {number}: start fewer processes")
         device = torch.device(kind, number)
     try:
@@ -1070,16 +1074,13 @@ class GraphedStep:
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
         self.replay: Step | None = None  # of full batches; the others fit no graph
-        # Adam starts from zero. Where another optimiser starts is known after a step only.
+        # what an optimiser keeps is there after its first step
         self.optimizers = (gan.optimizer_g, gan.optimizer_d)
-        self.can_be_put_back = all(
-            optimizer.state or isinstance(optimizer, torch.optim.Adam)
-            for optimizer in self.optimizers
-        )
+        self.have_begun = all(optimizer.state for optimizer in self.optimizers)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
-        if len(real) < self.gan.settings.batch_size or not self.can_be_put_back:
-            self.can_be_put_back = True
+        if len(real) < self.gan.settings.batch_size or not self.have_begun:
+            self.have_begun = True
             return training_step(self.gan, real, z)
         if self.replay is None:
             self.warm_up(real, z)
@@ -1095,8 +1096,6 @@ class GraphedStep:
             for _ in range(3):
                 training_step(self.gan, real, z)
         with torch.no_grad():
-            for tensor in self.kept_by_optimizers():
-                tensor.zero_()  # from which Adam starts
             for tensor, value in before:
                 tensor.copy_(value)
 
@@ -1347,7 +1346,7 @@ def stages(samples: Callable[[int], Tensor], epochs: int, real: Tensor) -> list[
     """
     shown = torch.linspace(1, epochs, min(epochs, 10)).round().int().tolist()
     pictures = [grid(samples(epoch), f"epoch {epoch}") for epoch in shown]
-    last = grid(real, "real digits").crop((0, 0, *pictures[0].size))  # m may be smaller than n
+    last = grid(real, "real digits").crop((0, 0, *pictures[0].size))  # there may be fewer
     return [*pictures, last]
 
 
@@ -1425,7 +1424,7 @@ SCORER = BUNDLED / "scorer.pt"  # made by MNIST/make_scorer.py
 # the scores of another judge could not be compared
 SCORER_SHA256 = "d782c3e5e0288462ac378926cc78c83b3790ca0ea3258a17bbd15e39732642f4"
 UNSEEN = {"train": "test", "test": "train"}  # what a run on a split is compared with
-NEIGHBOURS = 5  # of a real digit that bound its neighbourhood, as in Naeem et al.
+NEIGHBOURS = 5  # a real digit's neighbourhood reaches to its fifth nearest neighbour
 
 
 class Classifier(nn.Module):
@@ -1483,7 +1482,7 @@ def read_scorer() -> dict:
 
 def load_classifier(content: dict, device: torch.device) -> Classifier:
     """Return the classifier in what read_scorer returns, ready to judge."""
-    with torch.random.fork_rng(devices=[]):  # new weights take the caller's random numbers
+    with torch.random.fork_rng(devices=[]):  # making layers draws random numbers
         classifier = Classifier()
     classifier.load_state_dict(content["classifier"])
     return classifier.to(device).eval().requires_grad_(False)
@@ -1633,9 +1632,9 @@ GENERATED_DIGITS = "generated.npy"
 INTERPOLATION = "interpolation.png"
 SCORE = "score.json"
 NEAREST = "nearest.png"
-# of a checkpoint: one more whenever Run.checkpoint changes; EXAMPLE has it too
+# the version of a checkpoint's layout: add 1 if Run.checkpoint changes, and make EXAMPLE anew
 FORMAT = 5
-KEPT = ("epochs", "stats", "scores", "packed_samples", "table_bytes")  # of a Run, by checkpoints
+KEPT = ("epochs", "stats", "scores", "packed_samples")  # of a Run, by checkpoints
 
 
 class Run:
@@ -1647,7 +1646,7 @@ class Run:
         self.data = {"sha256": sha256_of(digits), "path": path}
         order = order_of_epoch(digits, gan.settings.seed, epoch=1)
         self.real = digits[order[:SAMPLES]]  # those that training sees first
-        self.epochs = epochs  # that it is to have in the end
+        self.epochs = epochs  # how many it is to have in the end
         self.stats = {name: torch.empty(0) for name in STATS}  # of each step (steps,)
         self.scores = {name: torch.empty(0) for name in SCORES}  # of each epoch; NaN: not scored
         self.packed_samples: list[Tensor] = []  # of each epoch, compressed
@@ -1656,9 +1655,8 @@ class Run:
     @property
     def best_epoch(self) -> int:
         """The first epoch with the lowest FD; 0 if none is scored."""
-        fds = self.scores["fd"].nan_to_num(nan=math.inf).tolist()
-        lowest = min(fds, default=math.inf)
-        return fds.index(lowest) + 1 if lowest < math.inf else 0
+        fds = self.scores["fd"].numpy()
+        return int(np.nanargmin(fds)) + 1 if np.isfinite(fds).any() else 0
 
     def draw(self, count: int, use: int) -> Tensor:
         """Draw digits (count, 28, 28) of uint8 from the noise of one use of random numbers."""
@@ -1722,11 +1720,9 @@ class Run:
         with damage_explained(path):
             self.gan.epoch = checkpoint["epoch"]
             self.packed_samples = checkpoint["packed_samples"]
-            self.table_bytes = checkpoint["table_bytes"]
             self.stats = with_columns(STATS, checkpoint["stats"])
             self.scores = with_columns(SCORES, checkpoint["scores"])
-            if len(self.stats | self.scores) > len(checkpoint["stats"] | checkpoint["scores"]):
-                self.table_bytes = len(self.table())  # which has other columns now
+            self.table_bytes = len(self.table())
 
 
 def with_columns(names: Iterable[str], kept: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1751,14 +1747,14 @@ FILES += (GENERATED, GENERATED_DIGITS, INTERPOLATION, SCORE, NEAREST)
 
 
 AGAIN = "; it is written again after the next epoch, or by --resume"
-PATIENCE = 10  # seconds for which a checkpoint is tried to be written
+PATIENCE = 10  # seconds for which to keep trying to write a checkpoint
 SHORT_PATIENCE = 1.5 if sys.platform == "win32" else 0  # virus scanners there hold new files
-FULL = (errno.ENOSPC, errno.EDQUOT if hasattr(errno, "EDQUOT") else errno.ENOSPC)
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 def is_ours(name: str) -> bool:
-    """Tell whether a file's name is exactly one that the program writes."""
+    """Tell whether a file has one of the fixed names under which the program writes."""
     match = re.fullmatch(r"generated_epoch_([0-9]{3,9})\.png", name)
     epoch = int(match[1]) if match else 0
     return name in FILES or (epoch > 0 and name == epoch_picture(epoch))
@@ -1790,20 +1786,13 @@ class RunFolder:
         return explained(what, (OSError, ValueError), failure=WrongInput)
 
     def has_run(self) -> bool:
-        """Tell whether the folder holds a run, be it one that was moved into a folder below it."""
-        checkpoint = self.path / CHECKPOINT
-        return checkpoint.exists() or bool(moved_away(checkpoint))
+        """Tell whether a run has saved an epoch here, or was moved from here into a folder below.
 
-    def is_unused(self) -> bool:
-        """Tell whether no run has saved an epoch here, nor has one been moved into a folder below.
-
-        One that was killed in its first epoch may have left generator_best.pt.
+        Drawings do not tell, nor does generator_best.pt: a run that was killed in its first epoch
+        may have left it.
         """
-        if not self.path.is_dir():
-            return True
-        here = {path.name for path in self.path.iterdir() if is_ours(path.name)}
-        below = {path.name for path in self.path.glob("previous_*/*")}
-        return here | below <= {BEST}
+        paths = [self.path / name for name in (CHECKPOINT, HISTORY, *PICTURES, epoch_picture(1))]
+        return any(path.exists() or moved_away(path) for path in paths)
 
     def begin(self, dry_run: bool) -> None:
         """Make and take the folder, and move the files of an earlier run into one below it.
@@ -1823,8 +1812,8 @@ class RunFolder:
     def make(self) -> None:
         """Make the folder if it is missing, and see whether files can be written there.
 
-        What killed commands have half written goes, but not before an hour has passed: another
-        command may be writing it. Raises WrongInput.
+        Half-written files of killed commands are removed once they are an hour old: another command
+        may be writing a younger one. Raises WrongInput.
         """
         with self.usable():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1892,7 +1881,7 @@ class RunFolder:
             print(f"To go on with that run: {command_line('--resume', '--output-dir', previous)}")
 
     def save(self, name: str, content: dict, advice: str = "") -> None:
-        """Write a checkpoint or what is like one, if need be after some tries. Raises Failure."""
+        """Write a checkpoint or a generator, if need be after some tries. Raises Failure."""
         buffer = io.BytesIO()
         torch.save(content, buffer)
         self.write(name, buffer.getbuffer(), PATIENCE, advice)
@@ -1917,7 +1906,7 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
 
     def flush(self, file: BinaryIO) -> None:
-        """Have all that is written to a file on the disk, where the file system can tell."""
+        """Force what is written to a file onto the disk, where the file system supports that."""
         file.flush()
         try:
             os.fsync(file.fileno())
@@ -2043,18 +2032,19 @@ def load_weights(
 class TrainedGenerator:
     """The averaged generator in a file, ready to draw. Raises Failure if there is none."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, seed: int = Settings.seed) -> None:
         self.path = path
+        self.seed = seed  # of the noise from which it draws
         self.checkpoint = read_checkpoint(path)
         self.settings: Settings = self.checkpoint["settings"]
-        with torch.random.fork_rng(devices=[]):  # new weights take the caller's random numbers
+        with torch.random.fork_rng(devices=[]):  # making layers draws random numbers
             self.network = new_generator(self.settings)
         load_weights({"average": self.network}, self.checkpoint, path)
         place(self.network, device).eval().requires_grad_(False)
 
-    def noise(self, count: int, seed: int) -> Tensor:
-        """Return the noise (count, latent_dim, 1, 1) from which it draws with a seed."""
-        return make_noise(count, self.settings.latent_dim, seed, DRAWING)
+    def noise(self, count: int) -> Tensor:
+        """Return noise (count, latent_dim, 1, 1) to draw from."""
+        return make_noise(count, self.settings.latent_dim, self.seed, DRAWING)
 
     def draw(self, z: Tensor) -> Tensor:
         """Draw digits (n, 28, 28) of uint8 from noise (n, latent_dim, 1, 1), as the run does."""
@@ -2112,7 +2102,7 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
                 pass
             return
         if checkpoint is not None:
-            folder.write_pictures(run)  # if any are missing
+            folder.write_pictures(run)  # the command before may have failed to write some
         if gan.epoch >= epochs:
             done = f"The run in {folder.path} already has {gan.epoch} epochs"
             print(f"{done}; to add more, give a larger --epochs")
@@ -2133,14 +2123,13 @@ def settle(
     settings. Raises Failure.
     """
     given = given_settings(options)
-    goes_on = options.resume and not folder.is_unused()
-    if options.resume and not goes_on:
-        print(f"There is no run in {folder.path} yet: a new one begins")
-    if goes_on:
+    if options.resume and folder.has_run():
         checkpoint = checkpoint_to_resume(given, folder)
         settings = checkpoint["settings"]
         epochs = options.epochs or checkpoint["epochs"]
     else:
+        if options.resume:
+            print(f"There is no run in {folder.path} yet: a new one begins")
         checkpoint = None
         recipe = RECIPES[given.get("recipe", Settings.recipe)]
         precision = "bf16" if has_bf16(device) else "fp32"
@@ -2204,9 +2193,8 @@ def checkpoint_to_resume(given: dict[str, object], folder: RunFolder) -> dict:
 
     The settings that are given must be the run's own.
     """
-    if folder.path.is_dir():
-        folder.make()
-        folder.take()
+    folder.make()
+    folder.take()
     checkpoint = read_checkpoint(folder.path / CHECKPOINT, *KEPT)
     settings = checkpoint["settings"]
     if settings.dry_run:
@@ -2264,7 +2252,8 @@ def score_save_draw(
     try:
         for stats in loop:
             lines = score(run, stats, scorer)
-            advice = f"epoch {saved} is saved; {to_go_on}" if saved else ""
+            can_go_on = saved > 0 and not gan.settings.dry_run
+            advice = f"epoch {saved} is saved; {to_go_on}" if can_go_on else ""
             if run.best_epoch == gan.epoch:
                 best = {**run.header(), "average": gan.average.state_dict()}
                 folder.save(BEST, best, advice)
@@ -2309,10 +2298,8 @@ def score(run: Run, stats: Tensor, scorer: Scorer | None) -> list[str]:
     return lines
 
 
-def find_generator(
-    options: Namespace, device: torch.device, folder: RunFolder
-) -> tuple[TrainedGenerator, int]:
-    """Return the generator of the run's last or best epoch, and the seed of its noise.
+def find_generator(options: Namespace, device: torch.device, folder: RunFolder) -> TrainedGenerator:
+    """Return the generator of the run's last or best epoch.
 
     Without a run, and if no folder is named, it is the one that comes with the program.
     """
@@ -2323,17 +2310,17 @@ def find_generator(
     elif options.best and not path.exists() and (folder.path / CHECKPOINT).exists():
         raise WrongInput(f"argument --best: the run in {folder.path} has no scores; leave it out")
     seed = given_settings(options).get("seed", Settings.seed)
-    return TrainedGenerator(path, device), seed
+    return TrainedGenerator(path, device, seed)
 
 
 def generate(options: Namespace, device: torch.device, folder: RunFolder) -> list[str]:
     """Draw digits with a trained generator, of all kinds or of one; return the files' names."""
-    trained, seed = find_generator(options, device, folder)
+    trained = find_generator(options, device, folder)
     folder.make()
     if options.digit is None:
-        digits = trained.draw(trained.noise(options.generate, seed))
+        digits = trained.draw(trained.noise(options.generate))
     else:
-        digits = draw_one_kind(trained, options.digit, options.generate, seed)
+        digits = draw_one_kind(trained, options.digit, options.generate, device)
     content = io.BytesIO()
     np.save(content, digits.numpy())
     folder.write(GENERATED_DIGITS, content.getbuffer())
@@ -2341,14 +2328,13 @@ def generate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
     return [GENERATED, GENERATED_DIGITS]
 
 
-def draw_one_kind(trained: TrainedGenerator, kind: int, count: int, seed: int) -> Tensor:
+def draw_one_kind(trained: TrainedGenerator, kind: int, count: int, device: torch.device) -> Tensor:
     """Draw digits (count, 28, 28) of uint8 of one kind, 0 to 9, as the scorer recognises it.
 
     Raises Failure if less than one drawing in 200 is one of these, among the first 2,000.
     """
-    device = next(trained.network.parameters()).device
     classifier = load_classifier(read_scorer(), device)
-    stream = random_stream(seed, DRAWING)
+    stream = random_stream(trained.seed, DRAWING)
     found = torch.empty(0, 28, 28, dtype=torch.uint8)
     with progress_bar(total=count, unit="digit") as progress:
         while len(found) < count:
@@ -2366,9 +2352,9 @@ def draw_one_kind(trained: TrainedGenerator, kind: int, count: int, seed: int) -
 
 def interpolate(options: Namespace, device: torch.device, folder: RunFolder) -> list[str]:
     """Draw ten walks from one digit to another, one a row; return the file's name."""
-    trained, seed = find_generator(options, device, folder)
+    trained = find_generator(options, device, folder)
     folder.make()
-    z = trained.noise(20, seed)
+    z = trained.noise(20)
     digits = trained.draw(walk(z[:10], z[10:]))
     folder.write(INTERPOLATION, png(grid(digits)))
     return [INTERPOLATION]
@@ -2388,16 +2374,17 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
     """Score 10,000 digits of a trained generator, or those in a file; return the files' names."""
     content = read_scorer()
     if options.evaluate is THE_RUN:
-        trained, seed = find_generator(options, device, folder)
+        trained = find_generator(options, device, folder)
         seen = SPLIT_OF_DIGITS.get(trained.checkpoint["data"]["sha256"])
         if seen is None:
             others = f"the run in {folder.path} was trained on pictures other than MNIST's digits"
             raise WrongInput(f"argument --evaluate: {others}, which cannot be scored")
-        digits = trained.draw(trained.noise(EVALUATED, seed))
+        digits = trained.draw(trained.noise(EVALUATED))
         prefix = ""
         source = {
             "of": str(trained.path),
             "epoch": trained.checkpoint["epoch"],
+            "drawn_with_seed": trained.seed,
             **trained.checkpoint["made_with"],
             "settings": dataclasses.asdict(trained.settings),
         }
@@ -2448,8 +2435,7 @@ def read_drawings(path: Path) -> Tensor:
         digits = checked(read_array(path), path)
         if len(digits) < 2:
             raise Unusable(f"{path} holds only one picture")
-        if digits.max() <= 1:
-            raise Unusable(f"the values in {path} are all at most 1, but white is 255")
+        check_white(digits, path)
     except Unusable as error:
         accepted = "--evaluate takes an .npy file, or an .npz file with one array, of uint8"
         raise WrongInput(f"argument --evaluate: {error}; {accepted} (n, 28, 28)") from error
@@ -2600,13 +2586,13 @@ def parse_options(argv: Sequence[str]) -> Namespace:
     drawing = any(getattr(options, name) for name in COMMANDS)
     from_file = isinstance(options.evaluate, Path)
     if drawing:
-        used = {"seed", "split"} if from_file else {"seed"}
-        of_runs = ("epochs", "data_dir", "log_every")
-        given = given_settings(options).keys() | {n for n in of_runs if getattr(options, n)}
-        extra = sorted(given - used)
+        used = {"split"} if from_file else {"seed"}
+        of_runs = {name for name in ("epochs", "data_dir", "log_every") if getattr(options, name)}
+        extra = sorted((given_settings(options).keys() | of_runs) - used)
         if extra:
-            shapes = f"{flag(extra[0])} is a training flag"
-            parser.error(f"{shapes} and cannot be combined with {modes[0]}")
+            parser.error(
+                f"{flag(extra[0])} is a training flag and cannot be combined with {modes[0]}"
+            )
     if options.digit is not None and not options.generate:
         parser.error("--digit requires --generate N")
     if options.best and (from_file or not drawing):
@@ -2718,9 +2704,10 @@ def main(argv: Sequence[str] = ()) -> int:
 def own_process() -> Iterator[None]:
     """Set up, for a while, what a process of its own needs: signals, what it prints to, pictures.
 
-    The first signal stops the program in good order, the second one at once; in all processes but
-    the first, every signal does so at once. Those that are ignored, as with nohup, stay so. A line
-    appears when it is printed. Characters that the console lacks are shown as escapes.
+    It is undone in the end, for a notebook's %run goes on in the same process. The first signal
+    stops the program in good order, the second one at once; in all processes but the first, every
+    signal does so at once. Those that are ignored, as with nohup, stay so. A line appears when it
+    is printed. Characters that the console lacks are shown as escapes.
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -2737,10 +2724,9 @@ def own_process() -> Iterator[None]:
                 before = {"errors": stream.errors, "line_buffering": stream.line_buffering}
                 stack.callback(stream.reconfigure, **before)
                 stream.reconfigure(errors="backslashreplace", line_buffering=True)
-        backend = os.environ.get("MPLBACKEND")  # that of a notebook may not be installed here
+        backend = os.environ.pop("MPLBACKEND", None)  # that of a notebook may not be installed here
         if backend is not None:
             stack.callback(os.environ.__setitem__, "MPLBACKEND", backend)
-            del os.environ["MPLBACKEND"]
         handler = stop if process_rank() == 0 else signal.SIG_DFL
         for signum in signals:
             stack.callback(signal.signal, signum, signal.signal(signum, handler))

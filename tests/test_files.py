@@ -868,7 +868,7 @@ def assert_refused(run: Callable, data: bytes, *words: str) -> None:
 
 def test_checkpoints_of_earlier_formats_are_said_to_be_of_another_version(run, checkpoint: Path):
     content = saved()
-    for name in ("data", "stats", "scores", "packed_samples", "table_bytes"):
+    for name in ("data", "stats", "scores", "packed_samples"):
         del content[name]
     for name in ("width", "latent_dim"):
         del content["settings"][name]

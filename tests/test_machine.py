@@ -332,6 +332,13 @@ def leave_two_half_runs() -> None:
     Path("result/previous_001/generator_best.pt").write_bytes(b"of the first run")
 
 
+def leave_drawings() -> None:
+    """Leave what --generate draws, here and where a run moved it."""
+    Path("result/previous_001").mkdir(parents=True)
+    Path("result/generated.png").write_bytes(b"digits")
+    Path("result/previous_001/generated.png").write_bytes(b"earlier digits")
+
+
 def leave_something_else() -> None:
     """Leave a file of the user."""
     Path("result").mkdir()
@@ -339,7 +346,14 @@ def leave_something_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "leave", [leave_nothing, leave_half_a_file, leave_two_half_runs, leave_something_else]
+    "leave",
+    [
+        leave_nothing,
+        leave_half_a_file,
+        leave_two_half_runs,
+        leave_drawings,
+        leave_something_else,
+    ],
 )
 def test_resume_begins_a_run_where_there_is_none_yet_and_says_so(run, leave: Callable[[], None]):
     assert run(*TWO_EPOCHS, "--output-dir", "whole").code == 0
@@ -354,7 +368,9 @@ def test_resume_begins_a_run_where_there_is_none_yet_and_says_so(run, leave: Cal
     assert "Epoch 2/" not in again.out
 
 
-@pytest.mark.parametrize("name", ["timeline.png", "history.csv", "previous_001/checkpoint.pt"])
+@pytest.mark.parametrize(
+    "name", ["timeline.png", "generated_epoch_001.png", "history.csv", "previous_001/checkpoint.pt"]
+)
 def test_resume_begins_nothing_where_there_was_a_run(run, name: str):
     path = Path("result", name)
     path.parent.mkdir(parents=True)
