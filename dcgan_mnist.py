@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11.0", "torchvision>=0.26.0", "torchsummary>=1.5.1",
-#                 "matplotlib>=3.9.0", "Pillow>=11.0.0", "tqdm>=4.66.1"]
+#                 "matplotlib>=3.9.0", "numpy>=2.0.0", "Pillow>=11.0.0", "tqdm>=4.66.1"]
 # ///
 """DCGAN on MNIST in one file: watch handwritten digits grow out of noise.
 
@@ -928,7 +928,7 @@ def started_by_torchrun() -> bool:
 
 def process_rank() -> int:
     """Return the number of this process; the first one, 0, reads, writes and prints for all."""
-    return int(os.environ["RANK"]) if started_by_torchrun() else 0
+    return int(os.environ.get("RANK", 0)) if started_by_torchrun() else 0
 
 
 def pick_device(name: str) -> torch.device:
@@ -944,7 +944,7 @@ def pick_device(name: str) -> torch.device:
         raise WrongInput(f"argument --device: {missing}; cpu always works")
     device = torch.device(kind)
     if kind == "cuda":
-        number = int(os.environ["LOCAL_RANK"]) if started_by_torchrun() else 0
+        number = int(os.environ.get("LOCAL_RANK", 0)) if started_by_torchrun() else 0
         if number >= torch.cuda.device_count():
             # no Failure: of those, only the first process prints its own
             raise OSError(f"there is no GPU number {number}: start fewer processes")
@@ -1778,7 +1778,7 @@ class RunFolder:
         self.lock_handle: int | None = None
         self.warned_of_fsync = False
         with self.usable(), suppress(FileNotFoundError):  # a missing folder can be made
-            path.stat()
+            os.listdir(path)
 
     def usable(self) -> AbstractContextManager[None]:
         """Return a context in which whatever is wrong with the folder or its name is WrongInput."""
@@ -1880,17 +1880,15 @@ class RunFolder:
         if self.path / CHECKPOINT in files:
             print(f"To go on with that run: {command_line('--resume', '--output-dir', previous)}")
 
-    def save(self, name: str, content: dict, advice: str = "") -> None:
+    def save(self, name: str, content: dict) -> None:
         """Write a checkpoint or a generator, if need be after some tries. Raises Failure."""
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        self.write(name, buffer.getbuffer(), PATIENCE, advice)
+        self.write(name, buffer.getbuffer(), PATIENCE)
 
-    def write(
-        self, name: str, content: bytes | memoryview, patience: float = 0, advice: str = ""
-    ) -> None:
+    def write(self, name: str, content: bytes | memoryview, patience: float = 0) -> None:
         """Write a file whole or, with a Failure, not at all; what was there is then still there."""
-        with explained(f"cannot write {self.path / name}", OSError, advice):
+        with explained(f"cannot write {self.path / name}", OSError):
             patiently(lambda: self.write_once(name, content), max(patience, SHORT_PATIENCE))
 
     def write_once(self, name: str, content: bytes | memoryview) -> None:
@@ -2240,6 +2238,18 @@ def announce(settings: Settings, device: torch.device, what: str, folder: RunFol
         print(f"After each epoch, look at {folder.path / TIMELINE}")
 
 
+def outside(error: BaseException) -> bool:
+    """Tell whether the machine has caused an error: no memory, a lost device, a full disk."""
+    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
+        return True
+    return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
+
+
+def message_of(error: Exception) -> str:
+    """Return what to print of an error; that of Python's memory says nothing."""
+    return str(error) or "out of memory"
+
+
 def score_save_draw(
     run: Run, loop: Iterator[Tensor], scorer: Scorer | None, folder: RunFolder
 ) -> None:
@@ -2248,16 +2258,12 @@ def score_save_draw(
     done_before = gan.epoch  # epochs done before this command
     saved = gan.epoch  # epochs in the checkpoint
     start = time.perf_counter()
-    to_go_on = "to continue, run the same command with --resume"
     try:
         for stats in loop:
             lines = score(run, stats, scorer)
-            can_go_on = saved > 0 and not gan.settings.dry_run
-            advice = f"epoch {saved} is saved; {to_go_on}" if can_go_on else ""
             if run.best_epoch == gan.epoch:
-                best = {**run.header(), "average": gan.average.state_dict()}
-                folder.save(BEST, best, advice)
-            folder.save(CHECKPOINT, run.checkpoint(), advice)
+                folder.save(BEST, {**run.header(), "average": gan.average.state_dict()})
+            folder.save(CHECKPOINT, run.checkpoint())
             saved = gan.epoch
             for line in lines:
                 print(line)
@@ -2268,11 +2274,15 @@ def score_save_draw(
                 f"saved to {folder.path} after {tqdm.format_interval(taken)}, "
                 f"{tqdm.format_interval(left)} left"
             )
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, Exception) as error:
         if saved == 0 or gan.settings.dry_run:
             raise
-        signum = getattr(interrupt, "signum", signal.SIGINT)
-        raise Stopped(signum, f"epoch {saved} is saved; {to_go_on}") from interrupt
+        to_go_on = f"epoch {saved} is saved; to continue, run the same command with --resume"
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(getattr(error, "signum", signal.SIGINT), to_go_on) from error
+        if isinstance(error, BrokenPipeError) or not outside(error.__cause__ or error):
+            raise
+        raise Failure(f"{message_of(error)}; {to_go_on}") from error
     if gan.settings.dry_run:
         print("The dry run went well: reading, training, saving and drawing work")
         print("After so few steps, digits and scores mean nothing")
@@ -2569,7 +2579,7 @@ def parse_options(argv: Sequence[str]) -> Namespace:
     """Read a command line. Raises WrongInput."""
     parser = Parser(
         usage=f"python {PROGRAM} [flags]",
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or PROGRAM).splitlines()[0],  # python -OO leaves it out
         epilog=HELP_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -2624,14 +2634,8 @@ def run_command(options: Namespace) -> None:
 def last_line(kind: str, message: object, rank: int) -> None:
     """Print the line with which a process ends; the first one needs no number."""
     process = f"process {rank}: " if rank > 0 else ""
-    print(f"{PROGRAM}: {process}{kind}: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def outside(error: Exception) -> bool:
-    """Tell whether the machine has caused an error: no memory, a lost device, a full disk."""
-    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
-        return True
-    return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
+    with suppress(OSError):  # where nobody reads it, the exit code still tells
+        print(f"{PROGRAM}: {process}{kind}: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 @contextmanager
@@ -2640,12 +2644,10 @@ def own_torch() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        stack.callback(
-            torch.use_deterministic_algorithms,
-            torch.are_deterministic_algorithms_enabled(),
-            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():
+            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+            stack.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
+            torch.use_deterministic_algorithms(False)
         for device in ("cpu", "cuda", "mps"):
             enabled = torch.is_autocast_enabled(device)
             stack.callback(torch.set_autocast_enabled, device, enabled)
@@ -2674,7 +2676,7 @@ def main(argv: Sequence[str] = ()) -> int:
     """
     rank = process_rank()
     output = sys.stdout if rank == 0 else io.StringIO()  # only the first process prints
-    bars = sys.stderr if rank == 0 else io.StringIO()
+    bars = (sys.stderr if rank == 0 else None) or io.StringIO()  # stderr may be closed
     try:
         with redirect_stdout(output), redirect_stderr(bars):
             check_torch()
@@ -2691,12 +2693,14 @@ def main(argv: Sequence[str] = ()) -> int:
         stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
         last_line("stopped", stopped, rank)
         return 128 + stopped.signum
-    except SystemExit:  # of argparse, after --help
-        return 0
+    except SystemExit as end:
+        if end.code:
+            raise
+        return 0  # of argparse, after --help
     except Exception as error:
         if not outside(error):
             raise
-        last_line("error", str(error) or "out of memory", rank)
+        last_line("error", message_of(error), rank)
         return 1
 
 
@@ -2709,7 +2713,7 @@ def own_process() -> Iterator[None]:
     signal does so at once. Those that are ignored, as with nohup, stay so. A line appears when it
     is printed. Characters that the console lacks are shown as escapes.
     """
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
     signals = [signum for signum in known if signal.getsignal(signum) != signal.SIG_IGN]
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
@@ -24,12 +24,12 @@ from dcgan_mnist import Failure, Settings, setting
 
 
 def script(
-    folder: Path, *options: object, **environment: str
+    folder: Path, *options: object, python: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
     """Run the script in a process of its own, in a folder, with changes to the environment."""
     # on one thread, for the other tests need the other core
     return subprocess.run(
-        [sys.executable, str(ROOT / "dcgan_mnist.py"), *map(str, options)],
+        [sys.executable, *python, str(ROOT / "dcgan_mnist.py"), *map(str, options)],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
@@ -143,7 +143,7 @@ def test_an_output_folder_that_cannot_be_is_refused(run, target: str):
     assert contents(".") == {"file": b"mine"}
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "file/below"])
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "file", "file/below"])
 @pytest.mark.parametrize("command", [["--resume"], ["--generate", 3], ["--interpolate"]])
 def test_a_name_that_no_folder_can_have_is_refused_by_every_command(run, command: list, name: str):
     Path("file").write_text("mine")
@@ -430,8 +430,9 @@ def test_it_trains_in_a_thread_other_than_the_first(run):
     assert set(contents("result")) == RUN_FILES
 
 
-def test_the_command_itself_returns_the_exit_code(tmp_path: Path):
-    done = script(tmp_path, "--epochs", "none")
+@pytest.mark.parametrize("optimised", [[], ["-OO"]])
+def test_the_command_itself_returns_the_exit_code(tmp_path: Path, optimised: list[str]):
+    done = script(tmp_path, "--epochs", "none", python=optimised)
     assert done.returncode == 2
     assert done.stdout == b""
     assert done.stderr.startswith(b"dcgan_mnist.py: error: argument --epochs")

@@ -1,6 +1,7 @@
 """Whatever machine, whatever job: it starts, says so, and ends with one line."""
 
 import errno
+import io
 import os
 import re
 import runpy
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import pytest
 import torch
@@ -311,6 +313,70 @@ def test_a_full_disk_is_not_waited_for(run, monkeypatch: pytest.MonkeyPatch):
     outcome = run(*THREE_STEPS)
     assert outcome.is_one_line(1, "error: cannot write", os.strerror(errno.ENOSPC))
     assert disk.waits == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: unspecified launch failure"),
+        MemoryError(),
+        OSError(errno.ENOSPC, "No space left on device"),  # for the log, say
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_machine_does_in_a_later_epoch_ends_with_the_way_to_go_on(
+    run, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def fail(step: int, stats: torch.Tensor) -> torch.Tensor:
+        if step == 5:
+            raise error
+        return stats
+
+    with monkeypatch.context() as patch:
+        change_steps(patch, fail)
+        outcome = run(*TWO_EPOCHS)
+    reason = str(error) or "out of memory"
+    assert outcome.is_one_line(1, f"error: {reason}; epoch 1 is saved; ", "with --resume")
+    assert run("--resume").code == 0
+    assert saved()["epoch"] == 2
+
+
+# ---------------------------------------- streams that are closed ---------------------------------
+def test_it_trains_where_there_is_no_stderr(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(*TWO_EPOCHS).code == 0
+    assert saved()["epoch"] == 2
+
+
+class FullFile(io.StringIO):
+    """A stream on a disk that is full."""
+
+    def write(self, _: str) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_exit_code_tells_also_where_the_last_line_cannot_be_printed(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stderr", FullFile())
+    assert run("--nope").code == 2
+
+
+def test_only_the_help_page_ends_the_program_without_training(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torchsummary, "summary", raising(SystemExit("bye")))
+    with pytest.raises(SystemExit, match="bye"):
+        run(*TWO_EPOCHS)
+    assert run("--help").code == 0
+
+
+def test_what_torchrun_left_in_the_environment_ends_with_one_line(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.delenv("RANK", raising=False)
+    assert run("--help").code == 0
+    assert run(*TWO_EPOCHS).is_one_line(1, "error: ", "cannot connect", "RANK")
 
 
 # ---------------------------------- the same command again and again ------------------------------

@@ -5,12 +5,17 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
 import pytest
 from helpers import ROOT, SMALL, write_split
-from jupyter_client import BlockingKernelClient, KernelManager
-from jupyter_client.manager import start_new_kernel
-from nbclient import NotebookClient
+
+WHY = "it is a part of notebooks"
+pytest.importorskip("ipykernel", reason=WHY)
+jupyter_client = pytest.importorskip("jupyter_client", reason=WHY)
+nbclient = pytest.importorskip("nbclient", reason=WHY)
+nbformat = pytest.importorskip("nbformat", reason=WHY)
+
+pytestmark = pytest.mark.slow
+Kernel = tuple[jupyter_client.KernelManager, jupyter_client.BlockingKernelClient]
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CELLS = re.search(r"^    import dcgan_mnist\n(?:    .+\n)+", README, re.MULTILINE)[0]
@@ -34,7 +39,9 @@ def test_a_notebook_shows_bar_log_and_timeline(flags: list[str], data_dir: Path,
     cells[0] = cells[0].replace('"2"]', f'"2", *{flags}]')
     assert str(flags) in cells[0]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": tmp_path}}
+    ).execute()
     training, picture = (cell.outputs for cell in notebook.cells)
 
     *streams, result = training
@@ -49,16 +56,18 @@ def test_a_notebook_shows_bar_log_and_timeline(flags: list[str], data_dir: Path,
 
 
 @pytest.fixture
-def kernel(tmp_path: Path) -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
+def kernel(tmp_path: Path) -> Iterator[Kernel]:
     """A kernel that runs in an empty folder, and what talks to it."""
-    manager, client = start_new_kernel(cwd=tmp_path)
+    manager, client = jupyter_client.manager.start_new_kernel(cwd=tmp_path)
     yield manager, client
     client.stop_channels()
     manager.shutdown_kernel(now=True)
 
 
 def run_and_interrupt(
-    kernel: tuple[KernelManager, BlockingKernelClient], cell: str, when: str
+    kernel: Kernel,
+    cell: str,
+    when: str,
 ) -> tuple[dict[str, str], list[str]]:
     """Run a cell and interrupt it when it prints something.
 
@@ -84,7 +93,8 @@ def run_and_interrupt(
 
 
 def test_interrupting_a_cell_gives_one_line_and_the_kernels_own_interrupt_works_after_it(
-    flags: list[str], kernel: tuple[KernelManager, BlockingKernelClient]
+    flags: list[str],
+    kernel: Kernel,
 ):
     options = ["--epochs", "100000", "--batch-size", "10", *flags]
     training = f"import dcgan_mnist\nprint(dcgan_mnist.main({options}))"
