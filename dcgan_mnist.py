@@ -35,8 +35,11 @@ The rooms of this file, from top to bottom. The first five are the algorithm:
 To change something, go there, and try it with --dry-run:
 
     a layer                     Generator or Discriminator
-    the loss                    training_step and update_generator; its label in curves
+    first weights               weights_init, which comes after __init__
+    the loss                    training_step, update_generator; curves and signs_of_collapse too
     an optimiser                DCGAN.__init__
+    another network             DCGAN.__init__, where it is seeded, and DCGAN.parts
+    the noise                   sample_noise
     a schedule of the rate      train_epochs, before step, from gan.epoch; on a GPU, --graph off
     a setting and its flag      a line in Settings; networks take it in new_generator and DCGAN
     what may be trained on      read_pictures; as_digit for pictures in a folder
@@ -175,7 +178,7 @@ class Discriminator(nn.Module):
 
 
 def weights_init(m: nn.Module) -> None:
-    """Start a layer as the paper's code does.
+    """Start a layer as the paper's code does, whatever its network's __init__ has set.
 
     Weights of convolutions come from N(0, 0.02), those of BatchNorm from N(1, 0.02); biases are 0.
     """
@@ -236,9 +239,9 @@ def setting(
 class Settings:
     """What shapes a run: the same settings and digits give the same run on the same machine.
 
-    A line here is all that a new setting needs. Its flag, its place in the checkpoint and its
-    comparison on --resume follow from it. A checkpoint that lacks it has the default, which
-    should thus be what was done before.
+    A line here is all that a new setting needs, a bool, int, float or str. Its flag, its place in
+    the checkpoint and its comparison on --resume follow from it. A checkpoint that lacks it has the
+    default, which should thus be what was done before.
     """
 
     recipe: str = setting(
@@ -326,9 +329,14 @@ def random_stream(
     return torch.Generator(device).manual_seed(stream_seed(seed, use, epoch))
 
 
+def sample_noise(count: int, latent_dim: int, stream: torch.Generator) -> Tensor:
+    """Return noise (count, latent_dim, 1, 1) from N(0, 1), on the device of a stream."""
+    return torch.randn(count, latent_dim, 1, 1, generator=stream, device=stream.device)
+
+
 def make_noise(count: int, latent_dim: int, seed: int, use: int) -> Tensor:
     """Return noise (count, latent_dim, 1, 1), made on the CPU so that it is the same everywhere."""
-    return torch.randn(count, latent_dim, 1, 1, generator=random_stream(seed, use))
+    return sample_noise(count, latent_dim, random_stream(seed, use))
 
 
 def order_of_epoch(digits: Tensor, seed: int, epoch: int) -> Tensor:
@@ -459,14 +467,15 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     If you change this function, keep a contract. On a GPU, it is recorded once as a CUDA graph and
     then replayed. So it only computes tensors from tensors on one device: no ``.item()``, no
     printing, no Python number that changes from step to step. With ``--graph off``, it is called as
-    it is. Random numbers, such as dropout's, are torch's default ones: each epoch seeds them.
+    it is. It leaves ``real`` and ``z`` as they are. Its random numbers, such as dropout's, are
+    torch's default ones, which each epoch seeds; those of numpy are not. A resumed run has only
+    what is in ``DCGAN.parts``, and ``gan.epoch``.
     """
     noises = z.split(len(real))  # one (n, latent_dim, 1, 1) for each update of the generator
     with gan.autocast():
         fake = gan.generator(noises[0])  # (n, 1, 28, 28) in [-1, 1]
 
     # (1) The discriminator: maximise log D(x) + log(1 - D(G(z))), the negative of its loss.
-    gan.discriminator.requires_grad_(True)
     gan.optimizer_d.zero_grad()
     with gan.autocast():
         on_real = gan.discriminator.logits(real)  # (n,)
@@ -476,9 +485,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     gan.optimizer_d.step()
 
     # (2) The generator: maximise log D(G(z)), the negative of its loss, against the updated
-    # discriminator. That one is frozen: the gradient passes through it, but none is computed for
-    # its weights.
-    gan.discriminator.requires_grad_(False)
+    # discriminator.
     on_fake_after, gn_loss = update_generator(gan, fake)
     for noise in noises[1:]:
         with gan.autocast():
@@ -498,7 +505,8 @@ def update_generator(gan: DCGAN, fake: Tensor) -> tuple[Tensor, Tensor]:
     with gan.autocast():
         on_fake = gan.discriminator.logits(fake)  # (n,)
     loss = bce(on_fake, torch.ones_like(on_fake))
-    loss.backward()
+    # the gradient passes through the discriminator, but none is computed for its weights
+    loss.backward(inputs=[weight for weight in gan.generator.parameters() if weight.requires_grad])
     gan.optimizer_g.step()
     return on_fake, loss
 
@@ -558,8 +566,7 @@ def train_epochs(
             for i, batch in enumerate(progress):
                 real = to_images(digits[batch])  # (n, 1, 28, 28) in [-1, 1]
                 count = settings.generator_steps * len(real)
-                shape = (count, settings.latent_dim, 1, 1)
-                z = torch.randn(shape, generator=stream, device=gan.device)
+                z = sample_noise(count, settings.latent_dim, stream)
                 stats[i] = step(real, z)
                 gan.update_average(gan.epoch * len(batches) + i + 1)
                 if i % log_every == 0:  # only here the CPU waits for a GPU
@@ -1170,13 +1177,15 @@ class SharedStep:
 
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
-        for network in (gan.generator, gan.discriminator):
+        networks = [part for part in gan.parts().values() if isinstance(part, nn.Module)]
+        for network in networks:
             if gan.device.type == "cuda":  # BatchNorm's statistics are then of the whole batch
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
             for parameter in network.parameters():
-                parameter.register_post_accumulate_grad_hook(
-                    lambda p: self.average_over_processes(p.grad)
-                )
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p: self.average_over_processes(p.grad)
+                    )
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         own_z = [self.share(noise) for noise in z.split(len(real))]
@@ -1241,7 +1250,10 @@ class ComparedStep:
         parts = self.gan.parts()
         for name, part in self.plain.parts().items():
             part.load_state_dict(copy.deepcopy(parts[name].state_dict()))
+        self.plain.epoch = self.gan.epoch
         before = {name: weight.detach().clone() for name, weight in named_weights(self.plain)}
+        plain_real = real.cpu().clone()
+        plain_z = z.cpu().clone()
         random_numbers = torch.get_rng_state()
         self.gradients.clear()
         stats = self.step(real, z)
@@ -1249,7 +1261,7 @@ class ComparedStep:
         self.deviations.clear()
         with torch.random.fork_rng([]):
             torch.set_rng_state(random_numbers)
-            expected = training_step(self.plain, real.cpu(), z.cpu())
+            expected = training_step(self.plain, plain_real, plain_z)
             draws = not torch.equal(torch.get_rng_state(), random_numbers)
         for name, value, plain in zip(STATS, stats.cpu(), expected, strict=True):
             if name.endswith("loss"):
@@ -1280,6 +1292,8 @@ class ComparedStep:
         Left out are those that are zero but for rounding, such as of biases before BatchNorm. Small
         ones, sums of much that cancels out, count for less.
         """
+        if not self.gradients:
+            raise Failure("the same step, taken again, has more updates: see training_step")
         names = {weight: name for name, weight in named_weights(self.plain)}
         weights = with_gradient(optimizer)
         largest = max(weight.grad.norm() for weight in weights)
@@ -1304,7 +1318,10 @@ class ComparedStep:
             if not deviation <= TOLERANCE[precision]:  # also if it is not a number
                 wrong = f"{where} computes something else than is written"
                 amount = f"the {of} differs by {deviation:.1e} from that in fp32 on the CPU"
-                advice = "try --graph off, --precision fp32 or --device cpu"
+                advice = (
+                    "try --graph off, --precision fp32 or --device cpu; after an edit, see what "
+                )
+                advice += "training_step may do"
                 raise Failure(f"{wrong}: {amount}; {advice}")
             if deviation > self.largest:
                 self.largest = deviation
@@ -1968,7 +1985,7 @@ def only_warned(what: str, later: str = "") -> Iterator[None]:
         lines = [line for frame, line in frames if frame.f_globals is globals()]
         reason = textwrap.shorten(str(error), 200)
         fault = f"{type(error).__name__} from line {lines[-1]} of {PROGRAM}: {reason}"
-        print(f"warning: {what} ({fault}){later}")
+        print(f"warning: {what} ({fault})")
 
 
 def moved_away(path: Path) -> list[Path]:
@@ -2024,7 +2041,18 @@ def load_weights(
     advice = "use the version that wrote it, or train again"
     with explained(f"{path} holds other networks than {PROGRAM}", Exception, advice):
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            content = checkpoint[name]
+            if isinstance(part, torch.optim.Optimizer):  # its rates stay those of this program
+                groups = part.state_dict()["param_groups"]
+                if kinds(content["param_groups"]) != kinds(groups):
+                    raise ValueError(f"{name} is of another kind")
+                content = {"state": content["state"], "param_groups": groups}
+            part.load_state_dict(content)
+
+
+def kinds(groups: list[dict]) -> list[tuple]:
+    """Return what an optimiser's groups have in common with those of another one of its kind."""
+    return [(sorted(group), group["params"]) for group in groups]
 
 
 class TrainedGenerator:
@@ -2348,8 +2376,7 @@ def draw_one_kind(trained: TrainedGenerator, kind: int, count: int, device: torc
     found = torch.empty(0, 28, 28, dtype=torch.uint8)
     with progress_bar(total=count, unit="digit") as progress:
         while len(found) < count:
-            z = torch.randn(2000, trained.settings.latent_dim, 1, 1, generator=stream)
-            digits = trained.draw(z)
+            digits = trained.draw(sample_noise(2000, trained.settings.latent_dim, stream))
             probabilities = classifier.judge(digits)[1]
             kept = digits[probabilities[:, kind] >= 0.9]
             if len(kept) < 10 and len(found) == 0:
@@ -2421,7 +2448,7 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
         **source,
     }
     names = [f"{prefix}{SCORE}", f"{prefix}{NEAREST}"]
-    folder.write(names[0], json.dumps(report, indent=1).encode())
+    folder.write(names[0], json.dumps(report, indent=1, default=float).encode())
     folder.write(names[1], png(nearest(digits, real)))
     return names
 

@@ -122,6 +122,26 @@ TRAINING: dict[str, Edits] = {
         "            fused=True,  # the fastest implementation\n": "",
         "            capturable=True,  # so that a CUDA graph can record it\n": "",
     },
+    "another network": {
+        "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n": (
+            "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n"
+            "            self.q = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))\n"
+        ),
+        "        self.settings = settings\n        self.device = device\n": (
+            "        self.optimizer_q = adam(self.q.parameters())\n"
+            "        self.settings = settings\n        self.device = device\n"
+        ),
+        '            "average": self.average,\n': (
+            '            "average": self.average,\n            "q": self.q,\n'
+            '            "optimizer_q": self.optimizer_q,\n'
+        ),
+        "    gan.optimizer_g.step()\n": (
+            "    gan.optimizer_g.step()\n"
+            "    gan.optimizer_q.zero_grad()\n"
+            "    gan.q(fake.detach()).square().mean().backward()\n"
+            "    gan.optimizer_q.step()\n"
+        ),
+    },
     "noise on the real digits": {
         "        on_real = gan.discriminator.logits(real)  # (n,)\n": (
             "        on_real = gan.discriminator.logits(real + 0.1 * torch.randn_like(real))\n"
@@ -202,6 +222,42 @@ def test_another_way_to_train_goes_on_exactly(
     change: Callable[[Edits], ModuleType], flags: list[str], edit: str
 ):
     assert_trains_draws_and_goes_on_exactly(change(TRAINING[edit]), flags)
+
+
+@pytest.mark.parametrize("name", ["generator", "discriminator"])
+def test_a_frozen_layer_stays_as_it_is(
+    change: Callable[[Edits], ModuleType], flags: list[str], name: str
+):
+    freeze = "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n"
+    program = change({freeze: f"{freeze}            self.{name}.layers[0].requires_grad_(False)\n"})
+    assert_trains_draws_and_goes_on_exactly(program, flags)
+    assert program.main([*flags, "--dry-run"]) == 0
+    weights = saved()[name]
+    settings = program.Settings(width=4, latent_dim=8)
+    first = getattr(program.DCGAN(settings, torch.device("cpu")), name).state_dict()
+    assert torch.equal(weights["layers.0.weight"], first["layers.0.weight"])
+    last = list(first)[-2]
+    assert not torch.equal(weights[last], first[last])
+
+
+def test_a_resumed_run_goes_on_with_another_rate_of_an_optimiser(
+    change: Callable[[Edits], ModuleType], flags: list[str]
+):
+    assert change({}).main([*flags, "--epochs", "1"]) == 0
+    line = "        self.optimizer_d = adam(self.discriminator.parameters())\n"
+    program = change({line: line.replace("())", "(), lr=0.125)")})
+    assert program.main([*flags, "--epochs", "2", "--resume"]) == 0
+    assert saved()["optimizer_d"]["param_groups"][0]["lr"] == 0.125
+    assert saved()["optimizer_g"]["param_groups"][0]["lr"] == 0.0002
+
+
+def test_another_optimiser_refuses_the_state_of_the_one_before(
+    change: Callable[[Edits], ModuleType], flags: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert change({}).main([*flags, "--epochs", "1"]) == 0
+    capsys.readouterr()
+    assert change(TRAINING["RMSprop"]).main([*flags, "--epochs", "2", "--resume"]) == 1
+    assert "optimizer_g is of another kind" in capsys.readouterr().err
 
 
 def test_other_networks_refuse_the_files_of_the_ones_before(

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 
+import pytest
 from helpers import ROOT
 
 SOURCE = (ROOT / "dcgan_mnist.py").read_text(encoding="utf-8")
@@ -11,6 +12,8 @@ SOURCE = (ROOT / "dcgan_mnist.py").read_text(encoding="utf-8")
 
 def tracked() -> list[str]:
     """Return the paths of the files that the repository keeps."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is a download without the repository")
     listing = ["git", "-C", str(ROOT), "ls-files"]
     done = subprocess.run(listing, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.splitlines()
@@ -51,6 +54,5 @@ def test_the_scripts_own_metadata_names_the_programs_requirements():
         re.DOTALL,
     ).groups()
     assert python == ">=3.10"
-    program = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n\n")[0]
-    lines = [line for line in program.splitlines() if not line.startswith("#")]
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert ast.literal_eval(packages) == lines
