@@ -819,7 +819,7 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path):
     read = dcgan_mnist.read_checkpoint(path)
     assert equal(read, content | {"settings": gan.settings})
 
-    other = dcgan_mnist.Run(new_gan(), digits, data_dir=None, epochs=3)
+    other = dcgan_mnist.Run(new_gan(lr=0.01), digits, data_dir=None, epochs=3)
     other.restore(read, path)
     other.gan.settings = gan.settings
     assert equal(other.checkpoint(), content)
