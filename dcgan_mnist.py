@@ -1417,7 +1417,7 @@ def nearest(digits: Tensor, real: Tensor) -> Image.Image:
 def png(picture: Image.Image) -> bytes:
     """Return a picture as the content of a PNG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer, "PNG", compress_level=3)  # twice as fast as 6, and hardly larger
     return buffer.getvalue()
 
 

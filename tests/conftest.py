@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # an optimiser's first step imports it, which makes a temporary folder
-from helpers import SMALL, MeanScorer, Outcome, grey_curves, write_split
+from helpers import SMALL, Disk, MeanScorer, Outcome, grey_curves, write_split
 
 import dcgan_mnist
 
@@ -88,3 +88,9 @@ def known_digits(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def mean_scorer(known_digits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the program take the data_dir fixture's digits for MNIST's, and use a MeanScorer."""
     monkeypatch.setattr(dcgan_mnist, "Scorer", MeanScorer)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """A disk that does what a test says."""
+    return Disk(monkeypatch)

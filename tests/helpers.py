@@ -1,16 +1,18 @@
 """What several test files share: files in MNIST's format, small networks, looks at a run."""
 
+import errno
 import importlib.util
 import os
 import re
 import signal
 import struct
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import pytest
 import torch
@@ -61,6 +63,12 @@ class Outcome:
     def warnings(self) -> list[str]:
         """Return the lines of the log that warn."""
         return [line for line in self.out.splitlines() if line.startswith("warning: ")]
+
+
+def slow_but(quick: Iterable[str], cases: Iterable[str]) -> list[object]:
+    """Return the cases of a test, of which only the quick ones are tried by default."""
+    slow = pytest.mark.slow
+    return [case if case in quick else pytest.param(case, marks=slow) for case in cases]
 
 
 def raising(error: BaseException) -> Callable[..., NoReturn]:
@@ -250,3 +258,71 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int, signum: int = signal.SIG
 
     change_steps(monkeypatch, change)
     return taken
+
+
+class Disk:
+    """A stand-in for what a file system does, the only one: it fails or is interrupted.
+
+    ``faults`` are called when the file of their name is about to get its new content, or to be
+    moved; that of "fsync" when anything is written. ``waits`` are the seconds that the program
+    sleeps, which take no time.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.faults: dict[str, Callable[[], None]] = {}
+        self.waits: list[float] = []
+        replace = Path.replace
+        rename = Path.rename
+        open_path = Path.open
+        fsync = os.fsync
+
+        def replaced(path: Path, target: Path) -> Path:
+            self.touch(Path(target).name)
+            return replace(path, target)
+
+        def renamed(path: Path, target: Path) -> Path:
+            self.touch(path.name)
+            return rename(path, target)
+
+        def opened(path: Path, mode: str = "r", *args: object, **options: object) -> IO:
+            if "a" in mode:
+                self.touch(path.name)
+            return open_path(path, mode, *args, **options)
+
+        def synced(handle: int) -> None:
+            self.touch("fsync")
+            fsync(handle)
+
+        monkeypatch.setattr(Path, "replace", replaced)
+        monkeypatch.setattr(Path, "rename", renamed)
+        monkeypatch.setattr(Path, "open", opened)
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(time, "sleep", self.waits.append)
+        monkeypatch.setattr(time, "monotonic", lambda: sum(self.waits))
+
+    def touch(self, name: str) -> None:
+        """Do what is to come when a file is changed."""
+        fault = self.faults.get(name) or self.faults.get("any file")
+        if fault is not None:
+            fault()
+
+    def fail(self, name: str, number: int = errno.EACCES, times: int = 10**6) -> None:
+        """Fail some times, from now on, to change the file of a name."""
+        self.interrupt(name, raising(OSError(number, os.strerror(number))), range(1, times + 1))
+
+    def interrupt(self, name: str, act: Callable[[], None], times: Container[int] = (1,)) -> None:
+        """Do something the first time, or those given, that the file of a name is changed."""
+        count = 0
+
+        def fault() -> None:
+            nonlocal count
+            count += 1
+            if count in times:
+                act()
+
+        self.faults[name] = fault
+
+
+def ctrl_c() -> None:
+    """Let this process get the signal of Ctrl-C."""
+    signal.raise_signal(signal.SIGINT)

@@ -20,6 +20,7 @@ from helpers import (
     grey_curves,
     load_script,
     saved,
+    slow_but,
 )
 
 SOURCE = (ROOT / "dcgan_mnist.py").read_text(encoding="utf-8")
@@ -208,7 +209,10 @@ def assert_computes_what_is_written(program: ModuleType) -> None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("edit", NETWORKS)
+QUICK = ("spectral_norm in the discriminator", "output padding", "dropout in the generator")
+
+
+@pytest.mark.parametrize("edit", slow_but(QUICK, NETWORKS))
 def test_another_layer_is_trained_as_it_is_written(
     change: Callable[[Edits], ModuleType], flags: list[str], edit: str
 ):
@@ -361,6 +365,7 @@ def test_one_more_number_in_the_log_is_in_every_file(
     assert [math.isnan(gap) for gap in gaps] == [True] * 3 + [False] * 3
 
 
+@pytest.mark.slow
 def test_one_more_score_needs_no_floor(
     change: Callable[[Edits], ModuleType], capsys: pytest.CaptureFixture[str]
 ):

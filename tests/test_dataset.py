@@ -83,6 +83,7 @@ def test_both_bundled_splits_are_whole_and_stay_gzipped():
     assert {path.name for path in (ROOT / "MNIST").iterdir()} - {"__pycache__"} == ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_either_split_needs_no_network_and_no_right_to_write(tmp_path: Path, split: str):
     clone = tmp_path / "clone"

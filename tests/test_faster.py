@@ -857,6 +857,7 @@ def test_two_processes_go_on_with_the_run_of_one_share_every_batch_and_stay_the_
     assert saved()["epoch"] == 4
 
 
+@pytest.mark.slow
 @needs_posix
 def test_a_killed_process_ends_the_job_and_resume_goes_on(run):
     with torchrun(Path.cwd(), "--epochs", 100_000) as process:
@@ -881,3 +882,23 @@ def test_a_killed_process_ends_the_job_and_resume_goes_on(run):
     outcome = run("--resume", "--epochs", epoch + 1)
     assert (outcome.code, outcome.err) == (0, "")
     assert saved()["epoch"] == epoch + 1
+
+
+@needs_posix
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_with_one_line_that_says_how_to_go_on(run):
+    with torchrun(Path.cwd(), "--epochs", 100_000) as process:
+        for line in process.stdout:
+            if "Epoch 3/" in line:
+                break
+        for path in Path.cwd().glob("pid_*"):  # a terminal sends it to all
+            os.kill(int(path.read_text()), signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    said = re.findall(r"^dcgan_mnist.py: .*", err, re.MULTILINE)
+    assert len(said) == 1, err
+    assert re.match(r"dcgan_mnist.py: stopped: epoch \d+ is saved; .* --resume", said[0])
+    epoch = saved()["epoch"]
+    assert epoch >= 2
+    assert f"epoch {epoch} is saved" in said[0]

@@ -100,7 +100,7 @@ LINES = st.tuples(
 
 
 @pytest.mark.usefixtures("quick_curves", "mean_scorer")
-@pytest.mark.parametrize("examples", [40, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [20, pytest.param(300, marks=pytest.mark.slow)])
 def test_any_command_line_succeeds_or_ends_with_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

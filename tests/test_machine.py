@@ -21,6 +21,7 @@ from helpers import (
     ROOT,
     SMALL,
     THREE_STEPS,
+    Disk,
     Outcome,
     assert_same_run,
     change_steps,
@@ -31,6 +32,7 @@ from helpers import (
 
 import dcgan_mnist
 
+REAL_CURVES = dcgan_mnist.PICTURES["loss_curve.png"]  # which the fixture ``run`` replaces
 LIMIT = 120  # seconds for which a process may run
 TWO_EPOCHS = (*THREE_STEPS, "--epochs", 2)
 
@@ -112,22 +114,17 @@ def test_the_oldest_torch_is_that_of_the_requirements():
     assert tuple(map(int, oldest.groups())) == dcgan_mnist.TORCH
 
 
-def test_a_folder_where_no_file_can_be_replaced_is_refused_before_training(
-    run, monkeypatch: pytest.MonkeyPatch
-):
-    error = PermissionError(errno.EPERM, "Operation not permitted")
-    monkeypatch.setattr(Path, "replace", raising(error))
+def test_a_folder_where_no_file_can_be_replaced_is_refused_before_training(run, disk: Disk):
+    disk.fail("any file", errno.EPERM)
     outcome = run(*THREE_STEPS)
     assert outcome.is_one_line(2, "error: argument --output-dir: result", "not permitted")
     assert contents(".") == {}
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_without_fsync_costs_one_warning(
-    run, monkeypatch: pytest.MonkeyPatch, number: int
-):
+def test_a_file_system_without_fsync_costs_one_warning(run, disk: Disk, number: int):
     run(*TWO_EPOCHS, "--output-dir", "whole")
-    monkeypatch.setattr(os, "fsync", raising(OSError(number, os.strerror(number))))
+    disk.fail("fsync", number)
     outcome = run(*TWO_EPOCHS)
     assert (outcome.code, outcome.err) == (0, "")
     (warning,) = outcome.warnings()
@@ -135,10 +132,8 @@ def test_a_file_system_without_fsync_costs_one_warning(
     assert_same_run("result", "whole")
 
 
-def test_a_disk_that_fails_to_keep_what_is_written_is_no_matter_of_a_warning(
-    run, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, "Input/output error")))
+def test_a_disk_that_fails_to_keep_what_is_written_is_no_matter_of_a_warning(run, disk: Disk):
+    disk.fail("fsync", errno.EIO)
     outcome = run(*THREE_STEPS)
     assert outcome.is_one_line(2, "error: argument --output-dir: result", "Input/output error")
 
@@ -214,8 +209,14 @@ def wait_for(path: Path, text: str, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
-def test_lines_are_in_the_log_when_they_are_printed_and_signals_of_clusters_end_a_run(
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SIGHUP",
+        *[pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGINT", "SIGTERM")],
+    ],
+)
+def test_lines_are_in_the_log_when_they_are_printed_and_signals_end_a_run(
     start, run, tmp_path: Path, name: str
 ):
     process = start(env={"MPLBACKEND": "module://a_backend_that_is_not_installed"})
@@ -230,6 +231,7 @@ def test_lines_are_in_the_log_when_they_are_printed_and_signals_of_clusters_end_
     assert run("--resume", "--epochs", epoch + 1).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_signals_that_were_ignored_at_the_start_stay_ignored(start, tmp_path: Path):
     def ignore() -> None:
@@ -260,45 +262,26 @@ def test_a_reader_that_goes_away_ends_the_program_without_a_word(start, run, tmp
     assert run("--resume", "--epochs", epoch + 1).code == 0
 
 
-class Disk:
-    """Fails to take the files of one name for some times."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, times: int, number: int) -> None:
-        self.left = times
-        self.waits: list[float] = []
-        original = Path.replace
-
-        def replace(path: Path, target: Path) -> Path:
-            if Path(target).name == name and self.left:
-                self.left -= 1
-                raise OSError(number, os.strerror(number))
-            return original(path, target)
-
-        monkeypatch.setattr(Path, "replace", replace)
-        monkeypatch.setattr(time, "sleep", self.waits.append)
-        monkeypatch.setattr(time, "monotonic", lambda: sum(self.waits))
-        monkeypatch.setattr(dcgan_mnist, "PATIENCE", 10)
-
-
 @pytest.mark.parametrize("name", ["checkpoint.pt", "generator_best.pt"])
 def test_a_checkpoint_that_cannot_be_written_for_a_moment_is_tried_again(
-    run, fake_scores, monkeypatch: pytest.MonkeyPatch, name: str
+    run, fake_scores, monkeypatch: pytest.MonkeyPatch, disk: Disk, name: str
 ):
     fake_scores([9.0, 8.0] * 2, [10, 10] * 2)
     run(*TWO_EPOCHS, "--output-dir", "whole")
-    disk = Disk(monkeypatch, name, times=20, number=errno.EIO)
+    monkeypatch.setattr(dcgan_mnist, "PATIENCE", 10)
+    disk.fail(name, errno.EIO, times=20)
     outcome = run(*TWO_EPOCHS)
     assert (outcome.code, outcome.err) == (0, "")
-    assert disk.left == 0
     assert 0 < sum(disk.waits) < 10
     assert_same_run("result", "whole")
 
 
 def test_after_ten_seconds_the_last_line_names_what_is_saved_and_how_to_go_on(
-    run, monkeypatch: pytest.MonkeyPatch
+    run, monkeypatch: pytest.MonkeyPatch, disk: Disk
 ):
     run(*THREE_STEPS, "--epochs", 1)
-    disk = Disk(monkeypatch, "checkpoint.pt", times=10**6, number=errno.EACCES)
+    monkeypatch.setattr(dcgan_mnist, "PATIENCE", 10)
+    disk.fail("checkpoint.pt")
     outcome = run("--resume", "--epochs", 3)
     assert outcome.is_one_line(
         1, "error: cannot write", "checkpoint.pt", "epoch 1 is saved", "with --resume"
@@ -307,8 +290,9 @@ def test_after_ten_seconds_the_last_line_names_what_is_saved_and_how_to_go_on(
     assert saved()["epoch"] == 1
 
 
-def test_a_full_disk_is_not_waited_for(run, monkeypatch: pytest.MonkeyPatch):
-    disk = Disk(monkeypatch, "checkpoint.pt", times=10**6, number=errno.ENOSPC)
+def test_a_full_disk_is_not_waited_for(run, monkeypatch: pytest.MonkeyPatch, disk: Disk):
+    monkeypatch.setattr(dcgan_mnist, "PATIENCE", 10)
+    disk.fail("checkpoint.pt", errno.ENOSPC)
     outcome = run(*THREE_STEPS)
     assert outcome.is_one_line(1, "error: cannot write", os.strerror(errno.ENOSPC))
     assert disk.waits == []
@@ -543,13 +527,14 @@ def put_back() -> Iterator[None]:
 def test_what_a_notebook_has_set_does_not_reach_the_run_and_stays(
     run, monkeypatch: pytest.MonkeyPatch, switch: Callable[[], None]
 ):
-    real = lambda run: dcgan_mnist.png(dcgan_mnist.curves(run.stats, run.scores))  # noqa: E731
-    monkeypatch.setitem(dcgan_mnist.PICTURES, "loss_curve.png", real)
-    for command in ((*TWO_EPOCHS,), ("--resume", "--epochs", 3), ("--generate", 3)):
+    if switch is switch_style:
+        monkeypatch.setitem(dcgan_mnist.PICTURES, "loss_curve.png", REAL_CURVES)
+    commands = ((*THREE_STEPS, "--epochs", 1), ("--generate", 3))
+    for command in commands:
         assert run(*command, "--output-dir", "clean").code == 0
     switch()
     before = state()
-    for command in ((*TWO_EPOCHS,), ("--resume", "--epochs", 3), ("--generate", 3)):
+    for command in commands:
         outcome = run(*command, "--output-dir", "switched")
         assert (outcome.code, outcome.err) == (0, "")
         assert outcome.warnings() == []

@@ -110,10 +110,15 @@ def test_the_animation_shows_the_stages_of_the_timeline_again_and_again(run):
     run("--batch-size", 60, "--epochs", 12)
     with Image.open("result/timeline.png") as timeline:
         timeline_stages = np.split(np.asarray(timeline), 11)
+    frames = []
+    times = []  # milliseconds
     with Image.open("result/training.gif") as shown:
         assert shown.info["loop"] == 0
-        frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(shown)]
+        for frame in ImageSequence.Iterator(shown):
+            times.append(frame.info["duration"])
+            frames.append(np.asarray(frame.convert("L")))
     np.testing.assert_array_equal(frames, timeline_stages)
+    assert times == [600] * 10 + [2000]
 
 
 def test_the_timeline_of_a_run_shows_the_digits_of_its_epochs_and_the_real_ones(run):
@@ -215,6 +220,18 @@ def test_curves_show_every_step_of_a_short_run_and_means_of_a_long_one():
 
     assert not are_alike(133)  # 399 steps
     assert are_alike(400)  # 1,200 steps: means of three
+
+
+@pytest.mark.parametrize("name", STATS)
+def test_every_figure_of_a_step_has_a_curve_in_its_panel(name: str):
+    stats = figures(0.0, 1.0, repeat=20)
+    before = np.asarray(curves(stats, distances(20.0)).convert("L")).astype(int)
+    changed = stats | {name: torch.full((40,), 0.5)}
+    after = np.asarray(curves(changed, distances(20.0)).convert("L")).astype(int)
+    rows = np.flatnonzero((before != after).any(axis=1))
+    is_loss = name.endswith("loss")
+    assert len(rows) > 0
+    assert (rows < 340).all() if is_loss else (rows > 660).all()  # of three panels in 1,000 rows
 
 
 def test_curves_show_the_distance_of_every_epoch_of_a_run_of_any_length():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LOG_LINE, ROOT, RUN_FILES, SMALL, finished, write_idx, write_split
+from helpers import LOG_LINE, ROOT, RUN_FILES, SMALL, finished, slow_but, write_idx, write_split
 
 import dcgan_mnist
 
@@ -36,7 +36,15 @@ OWN_PICTURES = [  # the example of its section, whose first command makes what t
     "--output-dir sevens",
 ]
 PROGRAM_COMMANDS = sorted(COMMANDS - OTHER_COMMANDS - set(OWN_PICTURES))
-DRAWS = ("--generate", "--interpolate", "--evaluate")
+DRAWING = [c for c in PROGRAM_COMMANDS if re.search("--generate|--interpolate|--evaluate", c)]
+TRAINING = [command for command in PROGRAM_COMMANDS if command not in DRAWING]
+
+QUICK = [
+    "python dcgan_mnist.py --generate 100",
+    "python dcgan_mnist.py --interpolate",
+    "python dcgan_mnist.py --epochs 10",
+    "python dcgan_mnist.py --dry-run",
+]
 
 
 def arguments(command: str) -> list[str]:
@@ -47,9 +55,7 @@ def arguments(command: str) -> list[str]:
     return words[program + 1 :]
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in PROGRAM_COMMANDS if not re.search("|".join(DRAWS), c)]
-)
+@pytest.mark.parametrize("command", slow_but(QUICK, TRAINING))
 def test_a_command_that_trains_works_with_small_networks(run, data_dir: Path, command: str):
     argv = arguments(command)
     if "--resume" in argv:
@@ -61,7 +67,7 @@ def test_a_command_that_trains_works_with_small_networks(run, data_dir: Path, co
         assert Path("result", dcgan_mnist.epoch_picture(epochs)).exists()
 
 
-@pytest.mark.parametrize("command", [c for c in PROGRAM_COMMANDS if re.search("|".join(DRAWS), c)])
+@pytest.mark.parametrize("command", slow_but(QUICK, DRAWING))
 def test_a_command_that_draws_works_on_a_fresh_clone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -79,6 +85,7 @@ def test_a_command_that_draws_works_on_a_fresh_clone(
     assert any(Path("result").iterdir())
 
 
+@pytest.mark.slow
 def test_the_example_trains_on_pictures_of_ones_own(
     tmp_path: Path,
     quick_curves: None,

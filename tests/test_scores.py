@@ -341,6 +341,7 @@ def test_the_maker_writes_what_the_program_reads(
         assert scorer.evaluate(real, digits[seen], digits[scorer.unseen]) == expected
 
 
+@pytest.mark.slow
 def test_the_same_seed_makes_the_same_scorer_and_another_seed_another(
     maker: ModuleType, tmp_path: Path, monkeypatch
 ):
@@ -398,6 +399,7 @@ def test_other_data_goes_without_scores_and_says_so(run):
     assert "not those of MNIST" in without_scores(run, *THREE_STEPS)
 
 
+@pytest.mark.slow
 def test_digits_cut_from_mnist_go_without_scores(run, data_dir: Path):
     write_idx(data_dir / "t10k-images-idx3-ubyte", bundled_digits("test")[:9999])
     assert "not those of MNIST" in without_scores(run, "--batch-size", 3333)
@@ -560,6 +562,7 @@ def go_on(run: dcgan_mnist.Run, epochs: int, lr_g: float, lr_d: float) -> None:
         print("\n".join(dcgan_mnist.score(run, stats, scorer)))
 
 
+@pytest.mark.slow
 def test_real_collapses_are_warned_of_and_the_healthy_run_before_them_is_not(
     capsys: pytest.CaptureFixture[str],
 ):

@@ -191,6 +191,20 @@ def test_log_every_sets_the_distance_of_log_lines(run):
     assert re.findall(r"^\((\d+)/6\)", out, re.MULTILINE) == ["1", "3", "5"]
 
 
+def test_a_last_smaller_batch_is_a_step_and_has_its_log_line(run, monkeypatch: pytest.MonkeyPatch):
+    sizes = []
+    original = dcgan_mnist.training_step
+
+    def step(gan: dcgan_mnist.DCGAN, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        sizes.append((len(real), len(z)))
+        return original(gan, real, z)
+
+    monkeypatch.setattr(dcgan_mnist, "training_step", step)
+    out = run("--epochs", 1, "--batch-size", 25, "--log-every", 1).out
+    assert sizes == [(25, 25), (25, 25), (10, 10)]
+    assert re.findall(r"^\((\d+)/3\) ds_loss: \d", out, re.MULTILINE) == ["1", "2", "3"]
+
+
 def test_the_log_and_the_history_give_the_same_figures(run):
     out = run(*THREE_STEPS, "--epochs", 1, "--log-every", 1).out
     logged = []
