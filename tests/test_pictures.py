@@ -231,7 +231,7 @@ def test_every_figure_of_a_step_has_a_curve_in_its_panel(name: str):
     rows = np.flatnonzero((before != after).any(axis=1))
     is_loss = name.endswith("loss")
     assert len(rows) > 0
-    assert (rows < 340).all() if is_loss else (rows > 660).all()  # of three panels in 1,000 rows
+    assert (rows < 320).all() if is_loss else (rows > 640).all()  # the first panel or the third
 
 
 def test_curves_show_the_distance_of_every_epoch_of_a_run_of_any_length():
