@@ -13,6 +13,7 @@ epochs was fixed beforehand. The settings of the record were chosen with other s
 import argparse
 import dataclasses
 import importlib.util
+import io
 import math
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +39,18 @@ import dcgan_mnist  # noqa: E402
 from dcgan_mnist import Settings  # noqa: E402
 
 BATCH_SIZE = 50
-STEP_GFLOP = 2 * BATCH_SIZE * (8 * 36.7 + 3 * 37.2) / 1000  # passes x million multiply-adds
+# Multiply-adds of an image: channels in and out, pixels of the kernel, places where it lies.
+DISCRIMINATOR = 128 * 16 * 14**2 + 128 * 256 * 16 * 7**2 + 256 * 512 * 9 * 3**2 + 512 * 9
+GENERATOR = 100 * 512 * 9 + 512 * 256 * 9 * 3**2 + 256 * 128 * 16 * 7**2 + 128 * 16 * 14**2
+# A step passes three times through the generator: forward, and backward for weights and for inputs;
+# eight times through the discriminator: forward on real and fake images, and on fake ones after its
+# update; backward for inputs in all three cases, for weights in the first two.
+STEP_GFLOP = 2 * BATCH_SIZE * (8 * DISCRIMINATOR + 3 * GENERATOR) / 1e9
 SIDE = 2048  # rows and columns of the matrices whose product is the limit of speed
 PRODUCT_GFLOP = 2 * SIDE**3 / 1e9
+STEPS = 5  # in a round
+ROUNDS = 20
+STARTS = 5  # of the program, to time its start
 PROGRAM = str(ROOT / "dcgan_mnist.py")
 IMPORTS = [sys.executable, "-c", "import torch, torchvision"]
 TEXTBOOK_STEPS = 2000  # ten epochs
@@ -48,7 +59,7 @@ RECORD = ("--recipe", "quick", "--epochs", "2")  # the shortest run to the textb
 RECORD_SEEDS = tuple(range(100, 110))
 EVALUATED = 10_000  # digits drawn to score a run
 PICTURE = ROOT / "result" / "same_time.png"
-Loop = Iterator[object]
+Round = Callable[[], float]  # takes some steps, or multiplies some matrices: seconds of one
 
 
 def command_of(sizes: Settings, *flags: str) -> list[str]:
@@ -101,66 +112,85 @@ def textbook_loop(device: torch.device, sizes: Settings) -> Iterator[nn.Module]:
             yield generator
 
 
-def program_loop(device: torch.device, settings: Settings) -> Loop:
-    """Train as the program does; a step for each item."""
-    gan = dcgan_mnist.DCGAN(settings, device)
-    step = dcgan_mnist.fastest_step(gan)
-    digits = dcgan_mnist.load_pictures(None, "test")[0].to(device)
-    noise = dcgan_mnist.random_stream(settings.seed, dcgan_mnist.NOISE, epoch=1, device=device)
-    steps = 0
-    while True:
-        for index in torch.randperm(len(digits)).to(device).split(settings.batch_size):
-            count = settings.generator_steps * len(index)
-            z = torch.randn(count, settings.latent_dim, 1, 1, generator=noise, device=device)
-            step(dcgan_mnist.to_images(digits[index]), z)
-            steps += 1
-            gan.update_average(steps)
-            yield
-
-
-def product_loop(device: torch.device, dtype: torch.dtype) -> Loop:
-    """Multiply two square matrices of random numbers; a product for each item."""
-    a = torch.randn(SIDE, SIDE, device=device).to(dtype)
-    b = torch.randn(SIDE, SIDE, device=device).to(dtype)
-    while True:
-        a @ b
-        yield
-
-
 def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done what it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def medians(
-    loops: dict[str, Loop], count: int, rounds: int, device: torch.device
-) -> dict[str, float]:
-    """Return the median seconds an item of each loop takes, all loops taking turns."""
-    for loop in loops.values():  # to warm up
+def textbook_round(device: torch.device, sizes: Settings, count: int) -> Round:
+    """Return what takes some steps of the textbook loop."""
+    loop = textbook_loop(device, sizes)
+
+    def take_steps() -> float:
+        start = time.perf_counter()
         for _ in range(count):
             next(loop)
-    seconds = {name: [] for name in loops}
+        wait_for(device)
+        return (time.perf_counter() - start) / count
+
+    return take_steps
+
+
+def program_round(device: torch.device, settings: Settings, count: int) -> Round:
+    """Return what takes some steps of the program, as a run takes them: from one to the next."""
+    gan = dcgan_mnist.DCGAN(settings, device)
+    step = dcgan_mnist.fastest_step(gan)
+    digits = dcgan_mnist.load_pictures(None, "test")[0][: (count + 1) * settings.batch_size]
+    digits = digits.to(device)
+    starts: list[float] = []
+
+    def timed_step(real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        if len(starts) in (0, count):
+            wait_for(device)
+        starts.append(time.perf_counter())
+        return step(real, z)
+
+    def take_steps() -> float:
+        starts.clear()
+        epochs = gan.epoch + 1
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            next(dcgan_mnist.train_epochs(gan, timed_step, digits, epochs, log_every=100))
+        return (starts[-1] - starts[0]) / count
+
+    return take_steps
+
+
+def product_round(device: torch.device, dtype: torch.dtype, count: int) -> Round:
+    """Return what multiplies two square matrices of random numbers some times."""
+    a = torch.randn(SIDE, SIDE, device=device).to(dtype)
+    b = torch.randn(SIDE, SIDE, device=device).to(dtype)
+
+    def multiply() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        wait_for(device)
+        return (time.perf_counter() - start) / count
+
+    return multiply
+
+
+def medians(rounds_of: dict[str, Round], rounds: int) -> dict[str, float]:
+    """Return the median seconds of a step or product of each, all taking turns."""
+    for take_steps in rounds_of.values():  # to warm up
+        take_steps()
+    seconds = {name: [] for name in rounds_of}
     for _ in range(rounds):
-        for name, loop in loops.items():
-            wait_for(device)
-            start = time.perf_counter()
-            for _ in range(count):
-                next(loop)
-            wait_for(device)
-            seconds[name].append((time.perf_counter() - start) / count)
+        for name, take_steps in rounds_of.items():
+            seconds[name].append(take_steps())
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def speed_table(device: torch.device, sizes: Settings, count: int, rounds: int) -> str:
-    """Measure the loops; return a table of them and the speed of the matrix products."""
+    """Measure steps and products; return a table of them and the speed of the products."""
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    loops = {"textbook loop, fp32": textbook_loop(device, sizes)}
+    rounds_of = {"textbook loop, fp32": textbook_round(device, sizes, count)}
     for precision, dtype in precisions.items():
         settings = dataclasses.replace(sizes, batch_size=BATCH_SIZE, precision=precision)
-        loops[f"this program, {precision}"] = program_loop(device, settings)
-        loops[f"matrix product, {precision}"] = product_loop(device, dtype)
-    seconds = medians(loops, count, rounds, device)
+        rounds_of[f"this program, {precision}"] = program_round(device, settings, count)
+        rounds_of[f"matrix product, {precision}"] = product_round(device, dtype, count)
+    seconds = medians(rounds_of, rounds)
 
     textbook = seconds["textbook loop, fp32"]
     rows = [("", "ms a step", "images a second", "times the textbook", "share of the limit")]
@@ -207,10 +237,10 @@ def seconds_to_first_step(folder: str, sizes: Settings) -> float:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("(1/"):
-                break
-        seconds = time.perf_counter() - start
-        process.kill()
-    return seconds
+                seconds = time.perf_counter() - start
+                process.kill()
+                return seconds
+    raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def seconds_between_epochs(folder: str, sizes: Settings, epochs: int) -> list[float]:
@@ -225,6 +255,8 @@ def seconds_between_epochs(folder: str, sizes: Settings, epochs: int) -> list[fl
                 start = time.perf_counter()
             elif line.startswith("saved to"):
                 seconds.append(time.perf_counter() - start)
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
     return seconds
 
 
@@ -347,8 +379,11 @@ def draw_after_same_time(
 def estimate_time_to_quality(device: torch.device, folder: str, sizes: Settings) -> None:
     """Print both times, estimated from short stretches; without scores."""
     settings, steps = settings_of_record(device, folder, sizes)
-    loops = {"textbook": textbook_loop(device, sizes), "record": program_loop(device, settings)}
-    seconds = medians(loops, 3, 4, device)
+    rounds_of = {
+        "textbook": textbook_round(device, sizes, 3),
+        "record": program_round(device, settings, 3),
+    }
+    seconds = medians(rounds_of, 4)
     six_steps = command_of(sizes, *RECORD, "--dry-run", "--output-dir", folder)
     dry_run = seconds_of(six_steps)
     textbook = TEXTBOOK_STEPS * seconds["textbook"]
@@ -396,9 +431,9 @@ def main() -> None:
     options = parser.parse_args()
     sizes = Settings(width=options.width, latent_dim=options.latent_dim)
     quick = options.quick
-    count = 2 if quick else 5
-    rounds = 4 if quick else 20
-    starts = 1 if quick else 5
+    count = 2 if quick else STEPS
+    rounds = 4 if quick else ROUNDS
+    starts = 1 if quick else STARTS
     device = dcgan_mnist.pick_device("auto")
     if device.type == "cuda":
         count *= 50
