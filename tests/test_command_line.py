@@ -549,7 +549,8 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("encoding", slow_but(["ascii"], SHOWN))
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", SHOWN)
 def test_a_console_that_lacks_characters_shows_escapes_instead(
     tmp_path: Path, data_dir: Path, encoding: str
 ):

@@ -821,6 +821,7 @@ def torchrun(folder: Path, *options: object) -> Iterator[subprocess.Popen]:
             kill_all(process, folder)
 
 
+@pytest.mark.slow
 @needs_posix
 def test_two_processes_go_on_with_the_run_of_one_share_every_batch_and_stay_the_same(
     run, monkeypatch: pytest.MonkeyPatch

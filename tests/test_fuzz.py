@@ -14,6 +14,7 @@ pytest.importorskip("hypothesis", reason="it draws the command lines")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+EXAMPLES = 200
 NUMBERS = st.one_of(
     st.sampled_from(["0", "1", "2", "7", "-1", "0.001", "1e-3", "nan", "inf", "1e400", "9" * 40]),
     st.sampled_from(["", " ", "ten", "1 2", "0x10", "1_0", "--", "-", "\0", "\n", "é"]),
@@ -99,13 +100,12 @@ LINES = st.tuples(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_curves", "mean_scorer")
-@pytest.mark.parametrize("examples", [20, pytest.param(300, marks=pytest.mark.slow)])
 def test_any_command_line_succeeds_or_ends_with_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    examples: int,
 ):
     monkeypatch.chdir(tmp_path)
     digits = write_split(Path("data"), 50)
@@ -117,7 +117,7 @@ def test_any_command_line_succeeds_or_ends_with_one_line(
     codes = Counter()
 
     @settings(
-        max_examples=examples,
+        max_examples=EXAMPLES,
         deadline=None,
         derandomize=True,
         database=None,
@@ -148,4 +148,4 @@ def test_any_command_line_succeeds_or_ends_with_one_line(
         codes[code] += 1
 
     try_line()
-    assert codes[0] >= examples / 20, "too few lines do anything"
+    assert codes[0] >= EXAMPLES / 20, "too few lines do anything"

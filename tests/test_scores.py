@@ -276,6 +276,7 @@ def test_a_digit_appears_from_two_in_a_hundred_on():
     assert score["evenness"] == pytest.approx(entropy / math.log(10))
 
 
+@pytest.mark.slow
 def test_the_included_generator_draws_good_digits_and_is_small():
     assert dcgan_mnist.EXAMPLE.stat().st_size < 5_000_000
     checkpoint = dcgan_mnist.read_checkpoint(dcgan_mnist.EXAMPLE)
@@ -362,6 +363,7 @@ def lines_about_scores(out: str) -> list[str]:
     return [line for line in out.splitlines() if "cores" in line]
 
 
+@pytest.mark.slow
 def test_every_epoch_has_a_score_in_the_log_and_the_history_also_after_a_resume(run):
     out = run(*MNIST_DIGITS, "--epochs", 2, "--output-dir", "whole").out
     [stated] = lines_about_scores(out)
@@ -460,6 +462,7 @@ def test_a_score_without_a_floor_is_logged_and_kept(run):
     assert saved()["scores"]["sevens"].tolist() == [0.125]
 
 
+@pytest.mark.slow
 def test_a_run_from_before_a_score_was_added_goes_on_with_it(run, request: pytest.FixtureRequest):
     run(*MNIST_DIGITS, "--epochs", 1)
     request.getfixturevalue("new_score")
