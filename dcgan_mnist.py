@@ -1189,7 +1189,10 @@ class SharedStep:
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         own_z = [self.share(noise) for noise in z.split(len(real))]
-        stats = training_step(self.gan, self.share(real), torch.cat(own_z))
+        # layers such as dropout draw other numbers in each process
+        seed = int(torch.randint(2**62, ())) + dist.get_rank()
+        with seeded(seed, self.gan.device):
+            stats = training_step(self.gan, self.share(real), torch.cat(own_z))
         self.average_over_processes(stats)
         return stats
 

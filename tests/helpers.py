@@ -80,20 +80,23 @@ def raising(error: BaseException) -> Callable[..., NoReturn]:
     return fail
 
 
-def finished(
-    command: str | list[str], folder: Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command, on one thread since other tests need the other core, and wait for its end."""
-    return subprocess.run(
-        command,
+def finished(command: str | list, folder: Path, **environment: str) -> Outcome:
+    """Run a command, on one thread since other tests need the other core, and wait for its end.
+
+    What it prints is in the encoding that the environment names.
+    """
+    done = subprocess.run(
+        command if isinstance(command, str) else [str(word) for word in command],
         shell=isinstance(command, str),
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
+        encoding=environment.get("PYTHONIOENCODING"),
         text=True,
         timeout=300,
         check=False,
     )
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def load_script(path: Path) -> ModuleType:

@@ -6,10 +6,9 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +22,7 @@ from helpers import (
     THREE_STEPS,
     assert_same_run,
     contents,
+    finished,
     raising,
     saved,
     slow_but,
@@ -31,20 +31,7 @@ from helpers import (
 import dcgan_mnist
 from dcgan_mnist import Failure, Settings, setting
 
-
-def script(
-    folder: Path, *options: object, python: Sequence[str] = (), **environment: str
-) -> subprocess.CompletedProcess[bytes]:
-    """Run the script in a process of its own, in a folder, with changes to the environment."""
-    # on one thread, for the other tests need the other core
-    return subprocess.run(
-        [sys.executable, *python, str(ROOT / "dcgan_mnist.py"), *map(str, options)],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+SCRIPT = (sys.executable, ROOT / "dcgan_mnist.py")
 
 
 # ------------------------------------------- wrong input ------------------------------------------
@@ -428,11 +415,10 @@ def test_it_trains_in_a_thread_other_than_the_first(run):
 
 @pytest.mark.parametrize("optimised", [[], pytest.param(["-OO"], marks=pytest.mark.slow)])
 def test_the_command_itself_returns_the_exit_code(tmp_path: Path, optimised: list[str]):
-    done = script(tmp_path, "--epochs", "none", python=optimised)
-    assert done.returncode == 2
-    assert done.stdout == b""
-    assert done.stderr.startswith(b"dcgan_mnist.py: error: argument --epochs")
-    assert done.stderr.count(b"\n") == 1
+    python, program = SCRIPT
+    outcome = finished([python, *optimised, program, "--epochs", "none"], tmp_path)
+    assert outcome.is_one_line(2, "error: argument --epochs")
+    assert outcome.out == ""
 
 
 # ------------------------------------ what it leaves as it was ------------------------------------
@@ -556,19 +542,18 @@ def test_a_console_that_lacks_characters_shows_escapes_instead(
 ):
     options = ["--data-dir", data_dir, "--device", "cpu", "--output-dir", FOLDER]
     options += [*SMALL, *THREE_STEPS, "--epochs", 1]
-    done = script(tmp_path, *options, PYTHONIOENCODING=encoding)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert f"saved to {SHOWN[encoding]} after" in done.stdout.decode(encoding)
+    outcome = finished([*SCRIPT, *options], tmp_path, PYTHONIOENCODING=encoding)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"saved to {SHOWN[encoding]} after" in outcome.out
     assert saved(tmp_path / FOLDER)["epoch"] == 1
 
 
 @pytest.mark.parametrize("encoding", slow_but(["ascii"], SHOWN))
 def test_a_failure_too_is_said_on_a_console_that_lacks_characters(tmp_path: Path, encoding: str):
-    done = script(tmp_path, "--generate", 3, "--output-dir", FOLDER, PYTHONIOENCODING=encoding)
-    assert (done.returncode, done.stdout) == (1, b"")
-    line = done.stderr.decode(encoding)
-    assert line.startswith(f"dcgan_mnist.py: error: there is no {SHOWN[encoding]}")
-    assert line.count("\n") == 1
+    options = ["--generate", 3, "--output-dir", FOLDER]
+    outcome = finished([*SCRIPT, *options], tmp_path, PYTHONIOENCODING=encoding)
+    assert outcome.is_one_line(1, f"error: there is no {SHOWN[encoding]}")
+    assert outcome.out == ""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows may not allow paths so long")
@@ -589,6 +574,6 @@ def test_long_folders_whose_names_are_not_ascii_serve_for_digits_and_output(run,
 def test_a_folder_whose_name_is_no_text_can_be_written_to(tmp_path: Path, data_dir: Path):
     folder = os.fsdecode(b"\xff")
     options = ["--data-dir", data_dir, "--device", "cpu", "--output-dir", folder]
-    done = script(tmp_path, *SMALL, *THREE_STEPS, "--epochs", 1, *options)
-    assert (done.returncode, done.stderr) == (0, b"")
+    outcome = finished([*SCRIPT, *SMALL, *THREE_STEPS, "--epochs", 1, *options], tmp_path)
+    assert (outcome.code, outcome.err) == (0, "")
     assert saved(tmp_path / folder)["epoch"] == 1

@@ -104,12 +104,12 @@ def test_either_split_needs_no_network_and_no_right_to_write(tmp_path: Path, spl
     done = finished(command, tmp_path, PYTHONPATH=str(clone))
     for path in [clone, *clone.rglob("*")]:
         path.chmod(0o755)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     count = {"test": "10,000", "train": "60,000"}[split]
-    assert f"Training on {count} pictures from {clone / 'MNIST'}" in done.stdout
-    assert "Computing on cpu in " in done.stdout
-    assert "score: FD" in done.stdout
-    assert "The dry run went well" in done.stdout
+    assert f"Training on {count} pictures from {clone / 'MNIST'}" in done.out
+    assert "Computing on cpu in " in done.out
+    assert "score: FD" in done.out
+    assert "The dry run went well" in done.out
     assert [path.name for path in tmp_path.iterdir()] == ["clone"]
     assert contents(clone) == before
 

@@ -765,6 +765,26 @@ def test_a_process_takes_its_share_of_the_noise_of_every_generator_step(
     assert torch.equal(torch.cat([z_0[:4], z_1[:3], z_0[4:], z_1[3:]]), z)
 
 
+def test_random_layers_draw_other_numbers_in_each_process_and_in_each_step(
+    connection: FakeConnection, monkeypatch: pytest.MonkeyPatch
+):
+    drawn = []
+
+    def step(*_: object) -> torch.Tensor:
+        drawn.append(torch.rand(3).tolist())
+        return torch.zeros(5)
+
+    monkeypatch.setattr(dcgan_mnist, "training_step", step)
+    for rank in ("0", "1", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with dcgan_mnist.seeded(0, torch.device("cpu")):
+            shared = SharedStep(new_gan())
+            shared(*batch(4))
+            shared(*batch(4))
+    assert len({tuple(numbers) for numbers in drawn}) == 4
+    assert drawn[2:4] == drawn[4:6]
+
+
 def test_on_gpus_batchnorm_sees_the_whole_batch_and_checkpoints_stay_the_same(
     connection: FakeConnection,
 ):

@@ -145,8 +145,8 @@ def output_of(command: str, folder: Path, *flags: str) -> str:
     """Run a command with small networks and this Python; return what it prints to stdout."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = finished(" ".join([command, *SMALL, *flags]), folder, PATH=path)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.code == 0, done.err
+    return done.out
 
 
 @pytest.mark.slow
