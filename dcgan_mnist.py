@@ -130,9 +130,9 @@ EXAMPLE = HOME / "result" / "example" / "generator.pt"  # a trained generator, t
 
 # =========================================== networks ===========================================
 class Generator(nn.Module):
-    """Turn noise into images: (n, latent_dim, 1, 1) -> (n, channels, 28, 28) in [-1, 1]."""
+    """Turn noise into images: (n, latent_dim, 1, 1) -> (n, 1, 28, 28) in [-1, 1]."""
 
-    def __init__(self, latent_dim: int = LATENT_DIM, width: int = WIDTH, channels: int = 1) -> None:
+    def __init__(self, latent_dim: int = LATENT_DIM, width: int = WIDTH) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.ConvTranspose2d(latent_dim, 4 * width, kernel_size=3),  # (n, 512, 3, 3)
@@ -144,7 +144,7 @@ class Generator(nn.Module):
             nn.ConvTranspose2d(2 * width, width, kernel_size=4, stride=2, padding=1),
             nn.BatchNorm2d(width),  # (n, 128, 14, 14)
             nn.ReLU(inplace=True),
-            nn.ConvTranspose2d(width, channels, kernel_size=4, stride=2, padding=1),
+            nn.ConvTranspose2d(width, 1, kernel_size=4, stride=2, padding=1),
             nn.Tanh(),  # (n, 1, 28, 28)
         )
 
@@ -153,12 +153,12 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Judge images: (n, channels, 28, 28) in [-1, 1] -> (n,) probabilities of being real."""
+    """Judge images: (n, 1, 28, 28) in [-1, 1] -> (n,) probabilities of being real."""
 
-    def __init__(self, width: int = WIDTH, channels: int = 1) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1),  # (n, 128, 14, 14)
+            nn.Conv2d(1, width, kernel_size=4, stride=2, padding=1),  # (n, 128, 14, 14)
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(width, 2 * width, kernel_size=4, stride=2, padding=1),  # (n, 256, 7, 7)
             nn.BatchNorm2d(2 * width),
