@@ -1,7 +1,7 @@
 """How fast the program is, and how soon its digits are good, beside a textbook loop.
 
     python tests/benchmark.py                the speed of a step: two minutes on two cores
-    python tests/benchmark.py --to-quality   the ladder from the textbook loop to the record: an hour or more
+    python tests/benchmark.py --to-quality   from the textbook loop to the record: over an hour
 
 All that is compared takes turns, so that a change of the machine's speed meets all of it. The speed
 of a step is the median over the rounds. For the ladder, whole commands are timed, from launch to
