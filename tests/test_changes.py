@@ -264,6 +264,18 @@ def test_another_optimiser_refuses_the_state_of_the_one_before(
     assert "optimizer_g is of another kind" in capsys.readouterr().err
 
 
+def test_the_change_in_readme_is_compared_by_a_dry_run(
+    change: Callable[[Edits], ModuleType], flags: list[str], capsys: pytest.CaptureFixture[str]
+):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Change it")[1]
+    line = re.search(r"^    nn\..*$", section, re.MULTILINE)[0]
+    program = change({LAST_LAYER: f"        {line}\n{LAST_LAYER}"})
+    assert program.main([*flags, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "Dropout2d" in printed
+    assert re.search(r"^Largest deviation from fp32 on the CPU: \d", printed, re.MULTILINE)
+
+
 def test_other_networks_refuse_the_files_of_the_ones_before(
     change: Callable[[Edits], ModuleType],
     flags: list[str],

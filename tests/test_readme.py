@@ -27,7 +27,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BENCHMARK = load_script(ROOT / "tests" / "benchmark.py")
 CODE = re.findall(r"^    (\S.*)$", README, re.MULTILINE)  # lines of code
 CODE += re.findall(r"`([^`\n]+)`", README)  # code in the text
-CODE += re.findall(r"^record: (.*)$", README, re.MULTILINE)
 COMMANDS = {code for code in CODE if re.match(r"(pip|python|uv|torchrun) ", code)}
 SHOWN_ELSEWHERE = f"{dcgan_mnist.__doc__}\n{dcgan_mnist.HELP_EXAMPLES}"
 COMMANDS |= set(re.findall(r"^ +(python .*?)(?:   .*)?$", SHOWN_ELSEWHERE, re.MULTILINE))
@@ -171,7 +170,6 @@ def test_torchrun_trains_with_the_readmes_command(small_clone: Path):
 def test_the_benchmark_prints_the_figures_of_the_speed_table(small_clone: Path):
     out = output_of("python tests/small_benchmark.py", small_clone)
     for row in ("textbook loop, fp32", "this program, fp32", "this program, bf16"):
-        assert row in README
         assert row in out
 
 
@@ -193,9 +191,8 @@ def test_the_benchmark_prints_the_figures_of_the_record_and_draws_its_picture(sm
 
 
 def test_readme_names_the_command_whose_time_to_quality_is_measured():
-    assert re.findall(r"^record: (.*)", README, re.MULTILINE) == [
-        f"python dcgan_mnist.py --recipe quick --epochs {BENCHMARK.RECORD_EPOCHS}"
-    ]
+    record = f"python dcgan_mnist.py --recipe quick --epochs {BENCHMARK.RECORD_EPOCHS}"
+    assert f"\n    {record}\n" in README
 
 
 def test_the_lines_for_python_draw_with_the_included_generator():
@@ -207,23 +204,15 @@ def test_the_lines_for_python_draw_with_the_included_generator():
     assert names["images"].abs().max() <= 1
 
 
-def test_readme_ends_with_the_help_page(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("COLUMNS", "88")
+def test_readme_names_no_flag_that_is_not_there(capsys: pytest.CaptureFixture[str]):
     dcgan_mnist.main(["--help"])
-    page = capsys.readouterr().out
-    assert README.endswith(f"\n```\n{page.rstrip()}\n```\n")
-
-
-def test_readme_names_no_flag_that_is_not_there():
-    text = README.split("## Flags")[0]
-    for command in OTHER_COMMANDS:
+    there = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
+    text = README
+    for command in sorted(OTHER_COMMANDS, key=len, reverse=True):
         text = text.replace(command, "")
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
-    assert named - {"--to-quality"} <= set(
-        re.findall(r"--[a-z][a-z0-9-]+", README.split("## Flags")[1])
-    )
+    assert len(named) > 10
+    assert named <= there
 
 
 def test_readme_lists_every_file_a_run_writes():
