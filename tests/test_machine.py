@@ -657,9 +657,10 @@ def test_a_layer_swapped_by_mistake_is_found_by_a_dry_run(run, monkeypatch: pyte
     assert outcome.is_one_line(1, "error: cpu in fp32", "differs by")
 
 
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.1), ("bf16", 0.8)])
 @pytest.mark.parametrize("name", ["optimizer_d", "optimizer_g"])
 def test_an_optimiser_that_computes_wrongly_is_found_by_a_dry_run(
-    run, monkeypatch: pytest.MonkeyPatch, name: str
+    run, monkeypatch: pytest.MonkeyPatch, name: str, precision: str, share: float
 ):
     original = dcgan_mnist.fastest_step
 
@@ -673,14 +674,14 @@ def test_an_optimiser_that_computes_wrongly_is_found_by_a_dry_run(
             stats = step(real, z)
             with torch.no_grad():
                 for weight, start in zip(weights, before, strict=True):
-                    weight.lerp_(start, 0.1)  # a tenth less of the update
+                    weight.lerp_(start, share)  # so much less of the update
             return stats
 
         return wrong
 
     monkeypatch.setattr(dcgan_mnist, "fastest_step", fastest_step)
-    outcome = run(*THREE_STEPS, "--dry-run", "--precision", "fp32")
-    assert outcome.is_one_line(1, "error: cpu in fp32", "update of", "differs by")
+    outcome = run(*THREE_STEPS, "--dry-run", "--precision", precision)
+    assert outcome.is_one_line(1, f"error: cpu in {precision}", "update of", "differs by")
 
 
 def test_a_comparison_changes_nothing_in_the_run(run, monkeypatch: pytest.MonkeyPatch):

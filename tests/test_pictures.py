@@ -234,6 +234,20 @@ def test_every_figure_of_a_step_has_a_curve_in_its_panel(name: str):
     assert (rows < 320).all() if is_loss else (rows > 640).all()  # the first panel or the third
 
 
+def test_outputs_are_shown_between_0_and_1_and_every_curve_has_its_name():
+    with_fd = np.asarray(curves(figures(0.25, repeat=20), distances(20.0)).convert("L"))
+    frames = np.flatnonzero((with_fd < 64).sum(axis=1) > with_fd.shape[1] / 2)
+    top, bottom = frames[frames > 640].min(), frames.max()
+    colour = np.asarray(curves(figures(0.25, repeat=20), distances(20.0))).astype(int)
+    is_curve = np.ptp(colour, axis=2) > 60  # not grey
+    rows = np.flatnonzero(is_curve[top : bottom + 1].sum(axis=1) > colour.shape[1] / 2)
+    assert rows.mean() / (bottom - top) == pytest.approx(0.75, abs=0.02)
+
+    right = int(np.flatnonzero((with_fd < 64).sum(axis=0) > 200).max())  # of the panels
+    for first, last in ((0, 320), (320, 640), (640, 1000)):
+        assert (with_fd[first:last, right + 10 :] < 128).any(), "there is no name"
+
+
 def test_curves_show_the_distance_of_every_epoch_of_a_run_of_any_length():
     stats = figures(0.5, repeat=30 * 40)
     fds = torch.linspace(300, 20, 30).tolist()
