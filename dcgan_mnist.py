@@ -2684,8 +2684,7 @@ def own_torch() -> Iterator[None]:
             torch.set_autocast_enabled(device, False)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # which also switches gradients on
         yield
 
 

@@ -38,6 +38,14 @@ def test_settings_cannot_be_changed_half_way():
         Settings().lr = 0.1
 
 
+def test_the_recipes_are_those_whose_scores_readme_gives():
+    assert RECIPES == {
+        "article": {},
+        "tuned": {"lr": 0.002, "beta2": 0.99, "generator_steps": 2},
+        "quick": {"lr": 0.002, "beta2": 0.99, "batch_size": 25},
+    }
+
+
 def test_recipes_change_what_there_is_to_change_and_no_recipe_is_the_article_again():
     article = dataclasses.asdict(Settings())
     for name, changes in RECIPES.items():
