@@ -970,6 +970,15 @@ def test_dark_digits_on_light_are_warned_of(run):
     assert "dark.npy is darker in the middle" in warning
     assert "MNIST is light on dark" in warning
 
+    digits = torch.zeros(2000, 28, 28, dtype=torch.uint8)
+    digits[:, 2] = 255  # belongs to neither
+    digits[:, 7:21, 7:21] = 50  # the middle
+    rim = torch.ones(28, 28, dtype=torch.bool)
+    rim[2:-2, 2:-2] = False
+    digits[:, rim] = 48
+    np.save("between.npy", digits.numpy())
+    assert run("--evaluate", "between.npy").warnings() == []
+
 
 @pytest.mark.usefixtures("mean_scorer")
 def test_the_score_of_a_file_and_that_of_a_run_stand_side_by_side_and_stay_where_they_are(run):

@@ -657,6 +657,18 @@ def test_a_layer_swapped_by_mistake_is_found_by_a_dry_run(run, monkeypatch: pyte
     assert outcome.is_one_line(1, "error: cpu in fp32", "differs by")
 
 
+def test_a_small_gradient_that_is_wrong_is_found_by_a_dry_run(run, monkeypatch: pytest.MonkeyPatch):
+    original = dcgan_mnist.fastest_step
+
+    def fastest_step(gan: dcgan_mnist.DCGAN, graph: bool) -> dcgan_mnist.Step:
+        gan.generator.layers[4].weight.register_hook(torch.neg)  # a fiftieth of the largest
+        return original(gan, graph)
+
+    monkeypatch.setattr(dcgan_mnist, "fastest_step", fastest_step)
+    outcome = run(*THREE_STEPS, "--dry-run", "--precision", "fp32")
+    assert outcome.is_one_line(1, "gradient of generator.layers.4.weight differs by")
+
+
 @pytest.mark.parametrize(("precision", "share"), [("fp32", 0.1), ("bf16", 0.8)])
 @pytest.mark.parametrize("name", ["optimizer_d", "optimizer_g"])
 def test_an_optimiser_that_computes_wrongly_is_found_by_a_dry_run(
