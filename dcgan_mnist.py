@@ -1177,8 +1177,9 @@ class SharedStep:
 
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
-        networks = [part for part in gan.parts().values() if isinstance(part, nn.Module)]
-        for network in networks:
+        for network in gan.parts().values():
+            if not isinstance(network, nn.Module) or network is gan.average:  # it is not trained
+                continue
             if gan.device.type == "cuda":  # BatchNorm's statistics are then of the whole batch
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
             for parameter in network.parameters():
@@ -1317,14 +1318,12 @@ class ComparedStep:
         """Raise Failure if a deviation of this step is too large."""
         precision = self.gan.settings.precision
         where = f"{self.gan.device.type} in {precision}"
+        flags = "--graph off, --precision fp32 or --device cpu"
         for of, deviation in self.deviations.items():
             if not deviation <= TOLERANCE[precision]:  # also if it is not a number
                 wrong = f"{where} computes something else than is written"
                 amount = f"the {of} differs by {deviation:.1e} from that in fp32 on the CPU"
-                advice = (
-                    "try --graph off, --precision fp32 or --device cpu; after an edit, see what "
-                )
-                advice += "training_step may do"
+                advice = f"try {flags}; after an edit, see what training_step may do"
                 raise Failure(f"{wrong}: {amount}; {advice}")
             if deviation > self.largest:
                 self.largest = deviation

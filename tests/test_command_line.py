@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from helpers import (
     THREE_STEPS,
     assert_same_run,
     contents,
+    ctrl_c,
     finished,
     raising,
     saved,
@@ -462,12 +462,6 @@ def deterministic_or_not(
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", request.param)
 
 
-def interrupted(*_: object) -> NoReturn:
-    """Let this process get the signal of Ctrl-C."""
-    signal.raise_signal(signal.SIGINT)
-    raise AssertionError("the signal came to nothing")
-
-
 @pytest.mark.usefixtures("deterministic_or_not")
 @pytest.mark.parametrize(
     ("step", "code"),
@@ -478,7 +472,7 @@ def interrupted(*_: object) -> NoReturn:
         (raising(OSError(28, "No space left on device")), 1),
         (raising(torch.OutOfMemoryError("CUDA out of memory")), 1),
         (raising(KeyboardInterrupt()), 130),
-        (interrupted, 130),
+        (ctrl_c, 130),
     ],
     ids=["done", "diverged", "failed", "full", "memory", "Ctrl-C", "SIGINT"],
 )

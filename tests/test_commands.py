@@ -30,6 +30,7 @@ from helpers import (
     assert_same_run,
     change_steps,
     contents,
+    ctrl_c,
     digits_in,
     grey_curves,
     load_script,
@@ -369,15 +370,10 @@ def test_a_new_run_stopped_in_its_first_epoch_does_not_offer_the_earlier_one(run
     assert "--resume" not in outcome.err
 
 
-def raise_sigint(*_: object) -> None:
-    """Stand in for a function in which Ctrl-C comes."""
-    signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.usefixtures("mean_scorer")
 @pytest.mark.parametrize("name", ["load_pictures", "find_scorer", "announce"])
 def test_ctrl_c_before_training_ends_with_one_line(run, monkeypatch, name: str):
-    monkeypatch.setattr(dcgan_mnist, name, raise_sigint)
+    monkeypatch.setattr(dcgan_mnist, name, ctrl_c)
     outcome = run()
     assert outcome.is_one_line(130, "stopped: ", "run the same command")
     assert "--resume" not in outcome.err
@@ -390,7 +386,7 @@ def test_ctrl_c_while_drawing_speaks_of_no_training_and_writes_nothing(
 ):
     run(*THREE_STEPS, "--epochs", 1)
     before = contents(".")
-    monkeypatch.setattr(dcgan_mnist, "draw", raise_sigint)
+    monkeypatch.setattr(dcgan_mnist, "draw", ctrl_c)
     outcome = run(*command)
     assert outcome.is_one_line(130, "stopped: ", "run the same command")
     assert not re.search("train|epoch|resume|saved", outcome.err)

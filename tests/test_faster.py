@@ -796,6 +796,8 @@ def test_on_gpus_batchnorm_sees_the_whole_batch_and_checkpoints_stay_the_same(
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert norms
         assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    # only the first process draws with it
+    assert not any(isinstance(layer, nn.SyncBatchNorm) for layer in gan.average.modules())
     gan.average.load_state_dict(gan.generator.state_dict())
     assert same(list(gan.average.state_dict().values()), list(before.values()))
     optimised = gan.optimizer_g.param_groups[0]["params"]
