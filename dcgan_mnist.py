@@ -120,6 +120,7 @@ TORCH = (2, 11)  # the oldest version of PyTorch with which this program runs
 LATENT_DIM = 100  # numbers of noise that make one digit
 WIDTH = 128  # channels of the layers next to the image; the others have 2 and 4 times as many
 SAMPLES = 50  # digits in the picture of an epoch: five rows of ten
+FITTED = 1000  # digits drawn for the statistics of the averaged generator's BatchNorm layers
 SCORED = 2000  # digits drawn for the score of an epoch
 EVALUATED = 10_000  # digits drawn for the score of a finished run
 # a cell of a notebook is no file: there, the current folder stands in for the program's
@@ -208,7 +209,7 @@ def print_summaries(generator: nn.Module, discriminator: nn.Module, latent_dim: 
 RECIPES = {  # defaults that differ from those of Settings
     "article": {},  # as articles and tutorials train it
     "tuned": {"lr": 0.002, "beta2": 0.99, "generator_steps": 2},  # the best digits
-    "quick": {"lr": 0.002, "beta2": 0.99, "batch_size": 25},  # readable digits in two epochs
+    "quick": {"lr": 0.002, "beta2": 0.99, "batch_size": 32},  # readable digits in two epochs
 }
 
 
@@ -425,7 +426,7 @@ class DCGAN:
         """
         for buffer, source in zip(self.average.buffers(), self.generator.buffers(), strict=True):
             buffer.copy_(source)
-        z = make_noise(1000, self.settings.latent_dim, self.settings.seed, NORM_STATISTICS)
+        z = make_noise(FITTED, self.settings.latent_dim, self.settings.seed, NORM_STATISTICS)
         with self.autocast():
             update_bn(z.split(100), self.average, self.device)
 

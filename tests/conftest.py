@@ -1,5 +1,6 @@
 """The fixtures: small data, stand-ins for the scorer, and the program run in this process."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,21 @@ from helpers import SMALL, Disk, MeanScorer, Outcome, grey_curves, write_split
 
 import dcgan_mnist
 
-torch.set_num_threads(1)  # the tests run in two processes, see .pytest.ini
+torch.set_num_threads(1)  # the tests run in two processes, see .ci/run
+dcgan_mnist.FITTED = 100  # 1,000 take a quarter of a small run's time
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the cases of a test marked with few(n) to the slow tests, but for the first n."""
+    cases: Counter[Callable] = Counter()
+    for item in items:
+        few = item.get_closest_marker("few")
+        if few is None:
+            continue
+        (n,) = few.args
+        cases[item.function] += 1
+        if cases[item.function] > n:
+            item.add_marker("slow")
 
 
 @pytest.fixture

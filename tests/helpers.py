@@ -8,7 +8,7 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -63,12 +63,6 @@ class Outcome:
     def warnings(self) -> list[str]:
         """Return the lines of the log that warn."""
         return [line for line in self.out.splitlines() if line.startswith("warning: ")]
-
-
-def slow_but(quick: Iterable[str], cases: Iterable[str]) -> list[object]:
-    """Return the cases of a test, of which only the quick ones are tried by default."""
-    slow = pytest.mark.slow
-    return [case if case in quick else pytest.param(case, marks=slow) for case in cases]
 
 
 def raising(error: BaseException) -> Callable[..., NoReturn]:

@@ -20,7 +20,6 @@ from helpers import (
     grey_curves,
     load_script,
     saved,
-    slow_but,
 )
 
 SOURCE = (ROOT / "dcgan_mnist.py").read_text(encoding="utf-8")
@@ -71,6 +70,7 @@ NETWORKS: dict[str, Edits] = {
         **spectral(THIRD_LAYER),
         **spectral(LAST_LAYER),
     },
+    "dropout in the generator": {THIRD_OF_GENERATOR: f"nn.Dropout(0.2),\n{THIRD_OF_GENERATOR}"},
     "spectral_norm in the generator": {
         **spectral(FIRST_OF_GENERATOR),
         **spectral(SECOND_OF_GENERATOR),
@@ -94,7 +94,6 @@ NETWORKS: dict[str, Edits] = {
     },
     "groups": with_arguments(THIRD_LAYER, "groups=2"),
     "dropout in the discriminator": {LAST_LAYER: f"nn.Dropout2d(0.3),\n{LAST_LAYER}"},
-    "dropout in the generator": {THIRD_OF_GENERATOR: f"nn.Dropout(0.2),\n{THIRD_OF_GENERATOR}"},
     "GroupNorm": {
         "            nn.BatchNorm2d(2 * width),\n            nn.ReLU(inplace=True),\n": (
             "            nn.GroupNorm(2, 2 * width),\n            nn.ReLU(inplace=True),\n"
@@ -209,10 +208,8 @@ def assert_computes_what_is_written(program: ModuleType) -> None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-QUICK = ("spectral_norm in the discriminator", "output padding", "dropout in the generator")
-
-
-@pytest.mark.parametrize("edit", slow_but(QUICK, NETWORKS))
+@pytest.mark.few(2)
+@pytest.mark.parametrize("edit", NETWORKS)
 def test_another_layer_is_trained_as_it_is_written(
     change: Callable[[Edits], ModuleType], flags: list[str], edit: str
 ):
@@ -221,6 +218,7 @@ def test_another_layer_is_trained_as_it_is_written(
     assert_trains_draws_and_goes_on_exactly(program, flags)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("edit", TRAINING)
 def test_another_way_to_train_goes_on_exactly(
     change: Callable[[Edits], ModuleType], flags: list[str], edit: str
@@ -228,6 +226,7 @@ def test_another_way_to_train_goes_on_exactly(
     assert_trains_draws_and_goes_on_exactly(change(TRAINING[edit]), flags)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["generator", "discriminator"])
 def test_a_frozen_layer_stays_as_it_is(
     change: Callable[[Edits], ModuleType], flags: list[str], name: str

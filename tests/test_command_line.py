@@ -25,7 +25,6 @@ from helpers import (
     finished,
     raising,
     saved,
-    slow_but,
 )
 
 import dcgan_mnist
@@ -350,6 +349,7 @@ def test_a_line_in_settings_is_a_flag_that_a_run_keeps(run, monkeypatch: pytest.
     assert new.items() <= saved()["settings"].items()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -542,7 +542,8 @@ def test_a_console_that_lacks_characters_shows_escapes_instead(
     assert saved(tmp_path / FOLDER)["epoch"] == 1
 
 
-@pytest.mark.parametrize("encoding", slow_but(["ascii"], SHOWN))
+@pytest.mark.few(1)
+@pytest.mark.parametrize("encoding", SHOWN)
 def test_a_failure_too_is_said_on_a_console_that_lacks_characters(tmp_path: Path, encoding: str):
     options = ["--generate", 3, "--output-dir", FOLDER]
     outcome = finished([*SCRIPT, *options], tmp_path, PYTHONIOENCODING=encoding)

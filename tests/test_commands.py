@@ -60,6 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "result"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stops", [[1], [2], [3], [1, 2], [1, 2, 3]])
 def test_a_resumed_run_ends_bit_identical(run, whole: Path, stops: list[int]):
     run(*THREE_STEPS, "--epochs", stops[0])
@@ -133,6 +134,7 @@ def test_a_recipe_is_kept_by_a_resumed_run(run):
     assert kept["beta2"] == 0.99
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "kept", "given"),
     [
@@ -211,6 +213,7 @@ class Wider(dcgan_mnist.Generator):
         super().__init__(latent_dim, width + 1)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("network", [Deeper, Wider])
 @pytest.mark.parametrize(
     "command", [["--resume"], ["--generate", 3], ["--interpolate"], ["--evaluate"]]
@@ -229,6 +232,7 @@ def test_a_file_of_other_networks_is_not_called_damaged(
     assert contents(".") == before
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("begun", ["fp32", "bf16"])
 def test_auto_precision_with_resume_is_that_of_the_run_on_any_hardware(
     run, monkeypatch, begun: str
@@ -244,6 +248,7 @@ def test_auto_precision_with_resume_is_that_of_the_run_on_any_hardware(
     assert_same_run("result", "whole")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["one pixel changed", "one digit less", "fewer than a batch"])
 def test_a_run_goes_on_with_no_other_digits_than_its_own(
     run, data_dir: Path, whole: Path, kind: str
@@ -319,6 +324,7 @@ def test_the_log_names_a_picture_to_look_at_and_shows_the_networks_once(run):
 
 
 # --------------------------------------------- stopping -------------------------------------------
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "signum"), [(4, signal.SIGINT), (8, signal.SIGTERM), (12, signal.SIGINT)]
 )
@@ -380,6 +386,7 @@ def test_ctrl_c_before_training_ends_with_one_line(run, monkeypatch, name: str):
 
 
 @pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", [["--generate", 3], ["--interpolate"], ["--evaluate"]])
 def test_ctrl_c_while_drawing_speaks_of_no_training_and_writes_nothing(
     run, monkeypatch, command: list
@@ -451,6 +458,7 @@ def stop_twice(folder: Path, argv: list[str], first: int, second: int) -> None:
     run_silently(folder, argv)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_process_at_once(
@@ -476,7 +484,7 @@ def run_of(folder: Path) -> Path:
     return folder / "result"
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_lose_nothing(
     forks: BaseContext, data_dir: Path, tmp_path: Path, kills: int
 ):
@@ -708,6 +716,7 @@ def sum_of_pixels(digits: torch.Tensor) -> torch.Tensor:
     return digits.flatten(1).long().sum(dim=1) % 10
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("digit", [0, 7])
 def test_generate_draws_only_the_digit_asked_for(run, monkeypatch, digit: int):
     run(*THREE_STEPS, "--epochs", 1, "--lr", 0.02)
@@ -801,6 +810,7 @@ def small_example(run, tmp_path: Path, monkeypatch) -> Path:
 
 
 @pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.few(3)
 @pytest.mark.parametrize("best", [[], ["--best"]])
 @pytest.mark.parametrize(
     ("command", "names"),
@@ -906,6 +916,7 @@ def test_a_score_tells_of_which_run_it_is(run):
 
 
 @pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.few(1)
 @pytest.mark.parametrize("best", [[], ["--best"]])
 def test_a_run_on_other_digits_is_not_scored(run, data_dir: Path, best: list[str]):
     run(*THREE_STEPS, "--epochs", 1)  # these count as MNIST's here
@@ -939,6 +950,7 @@ def test_evaluate_scores_real_digits_as_well_as_their_floor(run, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("count", "warned"), [(20, True), (1999, True), (2000, False), (3000, False)]
 )

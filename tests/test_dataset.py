@@ -226,6 +226,7 @@ CUT = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("damage", CUT)
 @pytest.mark.parametrize("damaged", [IMAGES, f"{IMAGES}.gz"])
 def test_of_two_copies_the_sound_one_is_read_and_a_line_says_so(run, damage: str, damaged: str):
@@ -619,6 +620,7 @@ def test_arrays_in_any_layout_and_under_any_name_are_read(tmp_path: Path, packed
 
 
 # ----------------------------------------- going on -----------------------------------------------
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["folder", "array", "pictures"])
 def test_a_run_goes_on_with_what_it_began_with_unless_that_is_gone_or_changed(
     run, capsys: pytest.CaptureFixture[str], kind: str

@@ -400,6 +400,7 @@ def change_gan(gan: DCGAN, change: str) -> None:
             take_steps(gan, partial(training_step, gan), [20, 7])
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("generator_steps", [1, 2])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("sizes", [SIZES, SIZES[2:], SIZES[:2]])

@@ -256,6 +256,7 @@ def earlier_run(run) -> dict[str, bytes]:
     return contents(".")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", sorted(RUN_FILES))
 def test_an_earlier_run_that_cannot_be_moved_whole_stays_whole(
     run, earlier_run: dict[str, bytes], disk: Disk, name: str
@@ -277,6 +278,7 @@ def test_ctrl_c_while_an_earlier_run_is_moved_leaves_it_whole(
     assert not Path("result/previous_001").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("argv", "code"),
     [
@@ -307,6 +309,7 @@ def write_half(name: str, age: int) -> str:
     return path.name
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", [[], ["--resume", "--epochs", 3], ["--generate", 3]])
 def test_what_killed_commands_left_half_written_goes_once_it_is_an_hour_old(
     run, earlier_run: dict[str, bytes], command: list
@@ -826,6 +829,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_files_that_are_no_checkpoints_are_refused(run, checkpoint: Path, kind: str):
     assert_refused(run, FOREIGN[kind], DAMAGED)
@@ -838,6 +842,7 @@ def test_bytes_after_the_end_of_a_checkpoint_change_nothing(checkpoint: Path, is
         is_refused(sound + tail)  # or it loads as what was saved
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "fault", ["code", "code in the settings", "no average", "no epoch", "no check sum", "a list"]
 )
@@ -874,6 +879,7 @@ def test_a_checkpoint_that_lacks_any_part_is_refused_by_resume_which_changes_not
         assert contents(".") == before
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("fault", ["wider", "with a layer more", "without a bias", "of a size"])
 def test_weights_of_other_networks_are_not_taken_for_damage(run, checkpoint: Path, fault: str):
     content = saved()

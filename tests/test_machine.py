@@ -38,6 +38,7 @@ TWO_EPOCHS = (*THREE_STEPS, "--epochs", 2)
 
 
 # ------------------------------------------- decoration -------------------------------------------
+@pytest.mark.few(2)
 @pytest.mark.parametrize("picture", ["loss_curve.png", "real_samples.png", "training.gif"])
 @pytest.mark.parametrize(
     "error",
@@ -121,6 +122,7 @@ def test_a_folder_where_no_file_can_be_replaced_is_refused_before_training(run, 
     assert contents(".") == {}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_fsync_costs_one_warning(run, disk: Disk, number: int):
     run(*TWO_EPOCHS, "--output-dir", "whole")
@@ -184,13 +186,8 @@ def wait_for(path: Path, text: str, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "SIGHUP",
-        *[pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGINT", "SIGTERM")],
-    ],
-)
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGINT", "SIGTERM"])
 def test_lines_are_in_the_log_when_they_are_printed_and_signals_end_a_run(
     start, run, tmp_path: Path, name: str
 ):
@@ -237,6 +234,7 @@ def test_a_reader_that_goes_away_ends_the_program_without_a_word(start, run, tmp
     assert run("--resume", "--epochs", epoch + 1).code == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["checkpoint.pt", "generator_best.pt"])
 def test_a_checkpoint_that_cannot_be_written_for_a_moment_is_tried_again(
     run, fake_scores, monkeypatch: pytest.MonkeyPatch, disk: Disk, name: str
@@ -273,6 +271,7 @@ def test_a_full_disk_is_not_waited_for(run, monkeypatch: pytest.MonkeyPatch, dis
     assert disk.waits == []
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "error",
     [
@@ -372,6 +371,7 @@ def leave_something_else() -> None:
     Path("result/job.log").write_text("mine")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "leave",
     [
@@ -501,6 +501,7 @@ def put_back() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("put_back")
+@pytest.mark.few(2)
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_what_a_notebook_has_set_does_not_reach_the_run_and_stays(
     run, monkeypatch: pytest.MonkeyPatch, switch: Callable[[], None]
@@ -588,6 +589,7 @@ def deviation(outcome: Outcome) -> float:
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("recipe", ["article", "tuned", "quick"])
 def test_a_dry_run_says_how_far_its_steps_are_from_what_is_written(run, recipe: str):
     flags = (*THREE_STEPS, "--recipe", recipe, "--dry-run")

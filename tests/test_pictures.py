@@ -222,6 +222,7 @@ def test_curves_show_every_step_of_a_short_run_and_means_of_a_long_one():
     assert are_alike(400)  # 1,200 steps: means of three
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", STATS)
 def test_every_figure_of_a_step_has_a_curve_in_its_panel(name: str):
     stats = figures(0.0, 1.0, repeat=20)
@@ -258,6 +259,7 @@ def test_curves_show_the_distance_of_every_epoch_of_a_run_of_any_length():
     assert len(pictures) == 6
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("fds", "expected"),
     [((NAN, NAN), 2), ((20.0, 10.0), 3), ((NAN, 10.0), 3), ((20.0, NAN), 3), ((20.0,), 3)],
@@ -268,6 +270,7 @@ def test_curves_have_a_panel_for_the_distance_only_if_anything_is_scored(
     assert panels(curves(figures(0.5, repeat=4), distances(*fds))) == expected
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("steps", [1, 401])
 @pytest.mark.parametrize(("value", "distance"), [(0.0, NAN), (1e-38, 1e-38), (3e38, 3e38)])
 def test_curves_can_be_drawn_whatever_the_figures_are(steps: int, value: float, distance: float):

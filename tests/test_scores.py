@@ -165,6 +165,7 @@ def test_the_shipped_file_is_small_and_the_one_that_the_program_knows():
     assert hashlib.sha256(content).hexdigest() == dcgan_mnist.SCORER_SHA256
 
 
+@pytest.mark.slow
 def test_the_scorer_recognises_the_digits_that_it_has_not_seen(judged: Judged):
     labels = some(bundled_labels("test"), 10_000)
     accuracy = (judged["test"][1].argmax(dim=1) == labels).double().mean().item()
@@ -172,6 +173,7 @@ def test_the_scorer_recognises_the_digits_that_it_has_not_seen(judged: Judged):
     assert accuracy == pytest.approx(read_scorer()["accuracy"], abs=3e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seen", "unseen"), [("test", "train"), ("train", "test")])
 @pytest.mark.parametrize("count", [2000, 10_000])
 def test_real_digits_of_either_split_get_the_floor(
@@ -198,6 +200,7 @@ def test_the_floor_of_the_other_scores_is_that_of_good_digits(seen: str):
     assert floor["copies"] == 1.0  # they are those that training saw
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", ["test", "train"])
 def test_a_missing_digit_costs_many_times_the_floor(judged: Judged, seen: str):
     scorer = Scorer(read_scorer(), seen, CPU)
@@ -221,6 +224,7 @@ def test_the_distance_grows_with_noise(classifier: Classifier):
     assert all(b > 2 * a for a, b in itertools.pairwise(distances))
 
 
+@pytest.mark.slow
 def test_one_digit_alone_scores_badly(judged: Judged):
     scorer = Scorer(read_scorer(), "test", CPU)
     features, probabilities = judged["test"]
@@ -238,6 +242,7 @@ def test_digits_blended_with_others_are_not_recognised_with_confidence():
     assert scorer(blends)["confident"] < 0.8
 
 
+@pytest.mark.slow
 def test_copies_of_what_training_saw_are_found_out_also_shifted(
     classifier: Classifier, judged: Judged
 ):
