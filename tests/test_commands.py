@@ -458,7 +458,7 @@ def stop_twice(folder: Path, argv: list[str], first: int, second: int) -> None:
     run_silently(folder, argv)
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_process_at_once(
@@ -484,7 +484,8 @@ def run_of(folder: Path) -> Path:
     return folder / "result"
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kills", [2, 30])
 def test_kills_at_random_moments_lose_nothing(
     forks: BaseContext, data_dir: Path, tmp_path: Path, kills: int
 ):

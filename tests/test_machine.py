@@ -220,6 +220,7 @@ def test_signals_that_were_ignored_at_the_start_stay_ignored(start, tmp_path: Pa
     assert process.wait(LIMIT) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
 def test_a_reader_that_goes_away_ends_the_program_without_a_word(start, run, tmp_path: Path):
     process = start(stdout=subprocess.PIPE)

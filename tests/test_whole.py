@@ -103,6 +103,7 @@ def test_steps_are_computed_the_same_every_time_and_in_full_fp32(
 
 
 # ------------------------------------------- a terminal ------------------------------------------
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_a_terminal_shows_a_bar_of_the_steps(data_dir: Path, tmp_path: Path):
     import fcntl
