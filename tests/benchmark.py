@@ -45,6 +45,8 @@ STEPS = 5  # in a round
 ROUNDS = 20
 TEXTBOOK = "textbook loop"
 RECORD = "in bf16: the record"
+ARTICLE = "recipe article"
+TUNED = "recipe tuned"
 SAME_TIME = "recipe tuned, resumed"
 EPOCHS = 10  # of the textbook loop and of the recipes article and tuned
 RECORD_EPOCHS = 2  # the fewest in which the record reaches the textbook loop's digits
@@ -52,7 +54,7 @@ SAME_TIME_EPOCHS = 12  # of the recipe tuned, in no more than the textbook loop'
 SEEDS = (0, 1, 2)
 RECORD_SEEDS = tuple(range(110, 120))
 EVALUATED = 10_000  # digits drawn to score a run
-PICTURE = ROOT / "result" / "same_time.png"
+PICTURES = ROOT / "result"  # their folder
 Round = Callable[[], float]  # takes some steps: seconds of one
 
 
@@ -296,18 +298,19 @@ def rungs_of(sizes: Settings) -> list[Rung]:
         ),
         Rung("by this program, fp32", quick, RECORD_EPOCHS, SEEDS),
         Rung(RECORD, quick_bf16, RECORD_EPOCHS, RECORD_SEEDS),
-        Rung("recipe article", article, EPOCHS, SEEDS),
-        Rung("recipe tuned", tuned, EPOCHS, SEEDS),
-        Rung(SAME_TIME, tuned, SAME_TIME_EPOCHS, SEEDS, resumes="recipe tuned"),
+        Rung(ARTICLE, article, EPOCHS, SEEDS),
+        Rung(TUNED, tuned, EPOCHS, SEEDS),
+        Rung(SAME_TIME, tuned, SAME_TIME_EPOCHS, SEEDS, resumes=TUNED),
     ]
 
 
 def print_ladder(sizes: Settings, device: torch.device, folder: Path) -> None:
-    """Run all rungs with their seeds, in turn; print a line for each, and draw the same time."""
+    """Run all rungs with their seeds, in turn; print a line for each, the table, and draw."""
     scorer = dcgan_mnist.Scorer(dcgan_mnist.read_scorer(), "test", device)
     rungs = rungs_of(sizes)
     seconds: dict[str, list[float]] = {rung.name: [] for rung in rungs}
     scores: dict[str, dict[str, list[float]]] = {rung.name: {} for rung in rungs}
+    first: dict[str, nn.Module] = {"included generator": dcgan_mnist.load_generator()}
     for turn in range(max(len(rung.seeds) for rung in rungs)):
         for rung in rungs:
             if turn >= len(rung.seeds):
@@ -321,10 +324,12 @@ def print_ladder(sizes: Settings, device: torch.device, folder: Path) -> None:
             for name, generator in generators(rung, rung.path(folder, seed)).items():
                 fd = distance(generator.to(device), rung.settings, scorer)
                 scores[rung.name].setdefault(name, []).append(fd)
+                first.setdefault(name, generator)
                 print(f"{name}, seed {seed}: FD {fd:.1f}", flush=True)
     print(ladder_table(rungs, seconds, scores))
-    of_name = {rung.name: rung for rung in rungs}
-    draw_same_time(of_name[TEXTBOOK], of_name[SAME_TIME], folder)
+    draw_beside("same_time.png", {name: first[name] for name in (TEXTBOOK, SAME_TIME)})
+    names = (ARTICLE, TUNED, "included generator")
+    draw_beside("recipes.png", {name: first[name] for name in names})
 
 
 def ladder_table(
@@ -349,19 +354,17 @@ def ladder_table(
     return "\n".join(lines)
 
 
-def draw_same_time(textbook: Rung, tuned: Rung, folder: Path) -> None:
-    """Draw the same noise with the generators of two rungs that take about the same time."""
-    use = dcgan_mnist.FIXED_NOISE
-    latent_dim = tuned.settings.latent_dim
-    z = dcgan_mnist.make_noise(dcgan_mnist.SAMPLES, latent_dim, seed=0, use=use)
+def draw_beside(file_name: str, generators: dict[str, nn.Module]) -> None:
+    """Draw the same noise with several generators, side by side below their names."""
     pictures = []
-    for rung in (textbook, tuned):
-        generator = generators(rung, rung.path(folder, rung.seeds[0]))[rung.name]
-        digits = dcgan_mnist.draw(generator, z)
-        pictures.append(np.asarray(dcgan_mnist.grid(digits, f"{rung.name}, {rung.epochs} epochs")))
-    PICTURE.parent.mkdir(exist_ok=True)
-    Image.fromarray(np.hstack(pictures)).save(PICTURE)
-    print(f"saved {PICTURE}: the same noise, drawn by both after about the same time")
+    for name, generator in generators.items():
+        latent_dim = generator.layers[0].in_channels
+        use = dcgan_mnist.FIXED_NOISE
+        z = dcgan_mnist.make_noise(dcgan_mnist.SAMPLES, latent_dim, seed=0, use=use)
+        pictures.append(np.asarray(dcgan_mnist.grid(dcgan_mnist.draw(generator, z), name)))
+    PICTURES.mkdir(exist_ok=True)
+    Image.fromarray(np.hstack(pictures)).save(PICTURES / file_name)
+    print(f"saved {PICTURES / file_name}")
 
 
 def main() -> None:

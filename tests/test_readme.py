@@ -130,7 +130,7 @@ def small_clone(tmp_path: Path) -> Path:
     """The repository with 100 digits and a benchmark that measures little."""
     clone = tmp_path / "clone"
     (clone / "tests").mkdir(parents=True)
-    (clone / "result").mkdir()
+    (clone / "result" / "example").mkdir(parents=True)
     shutil.copy(ROOT / "dcgan_mnist.py", clone)
     shutil.copy(ROOT / "tests" / "benchmark.py", clone / "tests")
     (clone / "tests" / "small_benchmark.py").write_text(SMALL_BENCHMARK)
@@ -139,6 +139,7 @@ def small_clone(tmp_path: Path) -> Path:
     labels = torch.arange(100).remainder(10).byte()
     write_idx(clone / "MNIST" / "t10k-labels-idx1-ubyte.gz", labels)
     shutil.copy(dcgan_mnist.SCORER, clone / "MNIST")
+    shutil.copy(dcgan_mnist.EXAMPLE, clone / "result" / "example")
     return clone
 
 
@@ -184,7 +185,8 @@ def test_the_benchmark_prints_the_figures_of_the_record_and_draws_its_picture(sm
         ("recipe tuned, resumed", "1", "4"),
     ]
     assert len(re.findall(r"^\d of 2 records reach the textbook loop", out, re.MULTILINE)) == 2
-    assert (small_clone / "result" / "same_time.png").exists()
+    for name in ("same_time.png", "recipes.png"):
+        assert (small_clone / "result" / name).exists()
 
 
 def test_readme_names_the_command_whose_time_to_quality_is_measured():
