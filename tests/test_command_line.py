@@ -542,7 +542,7 @@ def test_a_console_that_lacks_characters_shows_escapes_instead(
     assert saved(tmp_path / FOLDER)["epoch"] == 1
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", SHOWN)
 def test_a_failure_too_is_said_on_a_console_that_lacks_characters(tmp_path: Path, encoding: str):
     options = ["--generate", 3, "--output-dir", FOLDER]

@@ -185,8 +185,8 @@ def wait_for(path: Path, text: str, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGINT", "SIGTERM"])
 def test_lines_are_in_the_log_when_they_are_printed_and_signals_end_a_run(
     start, run, tmp_path: Path, name: str

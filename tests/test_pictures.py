@@ -249,6 +249,7 @@ def test_outputs_are_shown_between_0_and_1_and_every_curve_has_its_name():
         assert (with_fd[first:last, right + 10 :] < 128).any(), "there is no name"
 
 
+@pytest.mark.slow
 def test_curves_show_the_distance_of_every_epoch_of_a_run_of_any_length():
     stats = figures(0.5, repeat=30 * 40)
     fds = torch.linspace(300, 20, 30).tolist()
