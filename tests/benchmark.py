@@ -43,11 +43,12 @@ from dcgan_mnist import Settings  # noqa: E402
 BATCH_SIZE = 50
 STEPS = 5  # in a round
 ROUNDS = 20
-TEXTBOOK = "textbook loop"
+TEXTBOOK = "textbook loop"  # this and the next ones: names of rungs
 RECORD = "in bf16: the record"
 ARTICLE = "recipe article"
 TUNED = "recipe tuned"
 SAME_TIME = "recipe tuned, resumed"
+INCLUDED = "included generator"
 EPOCHS = 10  # of the textbook loop and of the recipes article and tuned
 RECORD_EPOCHS = 2  # the fewest in which the record reaches the textbook loop's digits
 SAME_TIME_EPOCHS = 12  # of the recipe tuned, in no more than the textbook loop's time
@@ -249,9 +250,9 @@ class Rung:
             if field.name not in ("recipe", "dry_run"):
                 flags += [dcgan_mnist.flag(field.name), str(getattr(settings, field.name))]
         flags += ["--epochs", str(self.epochs)]
-        if self.on_logits:
-            flags.append("--on-logits")
         if self.is_textbook:
+            if self.on_logits:
+                flags.append("--on-logits")
             return [sys.executable, __file__, "--train-textbook", str(path), *flags]
         if self.resumes:
             flags.append("--resume")
@@ -310,7 +311,7 @@ def print_ladder(sizes: Settings, device: torch.device, folder: Path) -> None:
     rungs = rungs_of(sizes)
     seconds: dict[str, list[float]] = {rung.name: [] for rung in rungs}
     scores: dict[str, dict[str, list[float]]] = {rung.name: {} for rung in rungs}
-    first: dict[str, nn.Module] = {"included generator": dcgan_mnist.load_generator()}
+    first: dict[str, nn.Module] = {INCLUDED: dcgan_mnist.load_generator()}
     for turn in range(max(len(rung.seeds) for rung in rungs)):
         for rung in rungs:
             if turn >= len(rung.seeds):
@@ -328,8 +329,7 @@ def print_ladder(sizes: Settings, device: torch.device, folder: Path) -> None:
                 print(f"{name}, seed {seed}: FD {fd:.1f}", flush=True)
     print(ladder_table(rungs, seconds, scores))
     draw_beside("same_time.png", {name: first[name] for name in (TEXTBOOK, SAME_TIME)})
-    names = (ARTICLE, TUNED, "included generator")
-    draw_beside("recipes.png", {name: first[name] for name in names})
+    draw_beside("recipes.png", {name: first[name] for name in (ARTICLE, TUNED, INCLUDED)})
 
 
 def ladder_table(

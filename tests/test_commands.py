@@ -812,7 +812,6 @@ def small_example(run, tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.mark.usefixtures("mean_scorer")
 @pytest.mark.few(3)
-@pytest.mark.parametrize("best", [[], ["--best"]])
 @pytest.mark.parametrize(
     ("command", "names"),
     [
@@ -821,6 +820,7 @@ def small_example(run, tmp_path: Path, monkeypatch) -> Path:
         (["--evaluate"], ["nearest.png", "score.json"]),
     ],
 )
+@pytest.mark.parametrize("best", [[], ["--best"]])
 def test_without_a_run_the_included_generator_draws_and_one_line_says_so(
     run, small_example: Path, command: list, names: list[str], best: list[str]
 ):

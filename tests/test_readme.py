@@ -42,6 +42,7 @@ OWN_PICTURES = [  # the example of its section, whose first command makes what t
     "python dcgan_mnist.py --data-dir result/generated.npy --recipe tuned --epochs 100 "
     "--output-dir sevens",
 ]
+# reversed, for the first two of each kind are tried by default, and --evaluate takes seconds
 PROGRAM_COMMANDS = sorted(COMMANDS - OTHER_COMMANDS - set(OWN_PICTURES), reverse=True)
 DRAWING = [c for c in PROGRAM_COMMANDS if re.search("--generate|--interpolate|--evaluate", c)]
 TRAINING = [command for command in PROGRAM_COMMANDS if command not in DRAWING]
