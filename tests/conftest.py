@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # an optimiser's first step imports it, which makes a temporary folder
 from helpers import SMALL, Disk, MeanScorer, Outcome, grey_curves, write_split
 
 import dcgan_mnist

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # an optimiser imports it, which makes a temporary folder
 from helpers import (
     DEPTH,
     ROOT,
@@ -419,6 +420,9 @@ def forks() -> BaseContext:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
         ensure_running()
+        first = context.Process()  # waits for the imports, which a test would take for its own
+        first.start()
+        first.join(PATIENCE)
     return context
 
 
@@ -1007,6 +1011,7 @@ def test_the_score_of_a_file_and_that_of_a_run_stand_side_by_side_and_stay_where
 
 
 @pytest.mark.usefixtures("mean_scorer")
+@pytest.mark.few(1)
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_nearest_shows_digits_above_the_real_ones_nearest_to_them(run, split: str):
     real = dcgan_mnist.bundled_digits(split)

@@ -56,7 +56,7 @@ def arguments(command: str) -> list[str]:
     return words[program + 1 :]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", TRAINING)
 def test_a_command_that_trains_works_with_small_networks(run, data_dir: Path, command: str):
     argv = arguments(command)
