@@ -42,7 +42,14 @@ def test_the_recipes_are_those_whose_scores_readme_gives():
     assert RECIPES == {
         "article": {},
         "tuned": {"lr": 0.002, "beta2": 0.99, "generator_steps": 2},
-        "quick": {"lr": 0.002, "beta2": 0.99, "batch_size": 32},
+        "quick": {
+            "batch_size": 16,
+            "lr": 0.001,
+            "beta1": 0.3,
+            "beta2": 0.9,
+            "generator_steps": 2,
+            "ema": 0.1,
+        },
     }
 
 

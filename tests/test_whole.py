@@ -29,7 +29,7 @@ def test_the_record_works_at_full_size(
 ):
     monkeypatch.chdir(tmp_path)
     folder = Path("result")
-    flags = ("--recipe", "quick", "--epochs", "2", "--dry-run", "--output-dir", str(folder))
+    flags = ("--recipe", "quick", "--epochs", "1", "--dry-run", "--output-dir", str(folder))
     outcome = whole(capsys, *flags)
     assert (outcome.code, outcome.err, outcome.warnings()) == (0, "", [])
     assert "Training on 10,000 pictures" in outcome.out
