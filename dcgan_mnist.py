@@ -35,7 +35,7 @@ The rooms of this file, from top to bottom. The first five are the algorithm:
 To change something, go there, and try it with --dry-run:
 
     a layer                     Generator or Discriminator
-    first weights               weights_init, which comes after __init__
+    first weights               weights_init, which replaces what __init__ has set
     the loss                    training_step, update_generator; curves and signs_of_collapse too
     an optimiser                DCGAN.__init__
     another network             DCGAN.__init__, where it is seeded, and DCGAN.parts
@@ -261,7 +261,7 @@ class Settings:
         choices=tuple(RECIPES),
     )
     batch_size: int = setting(50, "digits in a training step", low=1, high=60_000)
-    # lr and beta1 are the paper's, which found that training oscillates with beta1 = 0.9
+    # lr and beta1 are those of the paper, whose authors saw training oscillate with beta1 = 0.9
     lr: float = setting(0.0002, "learning rate of both networks", low=1e-8, high=1.0)
     beta1: float = setting(0.5, "Adam's decay rate of the mean gradient", low=0.0, high=0.9999)
     beta2: float = setting(
@@ -301,7 +301,7 @@ class Settings:
 
 
 def new_generator(settings: Settings) -> Generator:
-    """Return an untrained generator: runs and files that hold a trained one begin from it."""
+    """Return an untrained generator: a run trains it; a file's weights are loaded into it."""
     return Generator(settings.latent_dim, settings.width)
 
 
@@ -315,7 +315,7 @@ def to_images(digits: Tensor) -> Tensor:
 # that none depends on what came before it.
 FIRST_WEIGHTS = 0
 FIXED_NOISE = 1  # the noise of the sample pictures, the same after every epoch
-DRAWING = 2  # the noise of scores and of --generate
+DRAWING = 2  # the noise of scores and of all that a trained generator draws
 NORM_STATISTICS = 3  # the noise from which the averaged generator takes BatchNorm's statistics
 ORDER = 4  # the order of the digits in an epoch
 NOISE = 5  # the noise of the steps of an epoch
@@ -429,7 +429,8 @@ class DCGAN:
     def fit_norm_statistics(self) -> None:
         """Give the averaged generator's BatchNorm layers the statistics of its own weights.
 
-        All other buffers, such as those of spectral_norm, are copied from the generator.
+        The generator's statistics belong to other weights. All other buffers, such as those of
+        spectral_norm, start as copies of the generator's.
         """
         for buffer, source in zip(self.average.buffers(), self.generator.buffers(), strict=True):
             buffer.copy_(source)
@@ -577,7 +578,7 @@ def train_epochs(
                 z = sample_noise(count, settings.latent_dim, stream)
                 stats[i] = step(real, z)
                 gan.update_average(gan.epoch * len(batches) + i + 1)
-                if i % log_every == 0:  # only here the CPU waits for a GPU
+                if i % log_every == 0:  # within an epoch, the CPU waits for a GPU only here
                     check_finite(gan, stats[: i + 1], title)
                     values = dict(zip(STATS, stats[i].tolist(), strict=True))
                     tqdm.write(LOG_LINE.format(step=i + 1, steps=len(batches), **values))
@@ -781,7 +782,8 @@ def listing(begins: dict[Path, bytes]) -> str:
 def may_hold(file: Path, split: str) -> bool:
     """Tell whether a file of this name can hold a split. One that names no split can."""
     words = re.findall(r"(?<![a-z])(?:train|test|t10k)", file.name.lower())
-    return not words or any((word == "train") == (split == "train") for word in words)
+    splits = {"train" if word == "train" else "test" for word in words}
+    return not splits or split in splits
 
 
 def without_gz(file: Path) -> Path:
@@ -889,9 +891,8 @@ def read_folder(paths: list[Path]) -> Tensor:
             several += getattr(picture, "is_animated", False)
             digits[i] = torch.from_numpy(np.array(as_digit(picture)))
     if several:
-        print(
-            f"warning: files with more than one picture, of which the first is taken: {several:,}"
-        )
+        what = "files with more than one picture, of which the first is taken"
+        print(f"warning: {what}: {several:,}")
     return digits
 
 
@@ -968,6 +969,8 @@ def pick_device(name: str) -> torch.device:
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
         fault = f"this PyTorch cannot compute on {device} ({str(error).splitlines()[0]})"
+        if started_by_torchrun():
+            raise OSError(fault) from error  # no Failure, as above
         if name != "auto":
             advice = "pytorch.org has others; cpu always works"
             raise WrongInput(f"argument --device: {fault}; {advice}") from error
@@ -1089,8 +1092,10 @@ class GraphedStep:
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
         self.replay: Step | None = None  # of full batches; the others fit no graph
+        parts = gan.parts().values()
+        self.networks = [part for part in parts if isinstance(part, nn.Module)]
+        self.optimizers = [part for part in parts if isinstance(part, torch.optim.Optimizer)]
         # what an optimiser keeps is there after its first step
-        self.optimizers = (gan.optimizer_g, gan.optimizer_d)
         self.have_begun = all(optimizer.state for optimizer in self.optimizers)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
@@ -1104,20 +1109,17 @@ class GraphedStep:
 
     def warm_up(self, real: Tensor, z: Tensor) -> None:
         """Take steps until all that a step needs is allocated; put back what they change."""
-        networks = (self.gan.generator, self.gan.discriminator)
-        tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-        before = [(tensor, tensor.clone()) for tensor in tensors + self.kept_by_optimizers()]
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        tensors = [value for state in states for value in state.values() if torch.is_tensor(value)]
+        for network in self.networks:
+            tensors += [*network.parameters(), *network.buffers()]
+        before = [(tensor, tensor.clone()) for tensor in tensors]
         with torch.random.fork_rng([self.gan.device]):
             for _ in range(3):
                 training_step(self.gan, real, z)
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
-
-    def kept_by_optimizers(self) -> list[Tensor]:
-        """Return what both optimisers keep of the steps so far."""
-        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
-        return [value for state in states for value in state.values() if torch.is_tensor(value)]
 
     def record(self, graph_real: Tensor, graph_z: Tensor) -> Step:
         """Record a step on these tensors; return what copies a batch there and takes the step.
@@ -1158,7 +1160,7 @@ def connected(device: torch.device) -> Iterator[None]:
         store.set_timeout(timedelta(minutes=30))  # later, the others wait while the first scores
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
-    except (RuntimeError, ValueError) as error:  # of whatever kind, for this only communicates
+    except (RuntimeError, ValueError) as error:  # nothing but the connection can fail here
         reason = str(error).splitlines()[0]
         raise ConnectionError(f"the processes of this run cannot connect ({reason})") from error
     try:
@@ -1172,7 +1174,7 @@ def from_first_process(value: object) -> Any:
     """Return the first process's value in every process. Raises Failure."""
     values = [value]
     if started_by_torchrun():
-        with explained(LOST, RuntimeError):  # of whatever kind, for this only communicates
+        with explained(LOST, RuntimeError):  # nothing but the connection can fail here
             dist.broadcast_object_list(values)
     return values[0]
 
@@ -1238,10 +1240,10 @@ class ComparedStep:
     """A training step that raises Failure if it computes something else than what is written.
 
     Each step is taken once more: in fp32 on the CPU, by the layers as they are, from the same
-    weights, digits and noise. Compared are the losses, the gradients, and what the optimisers make
-    of the device's gradients; of their own they would not make the same, for Adam turns small
-    differences into large ones. ``largest`` is the largest relative deviation so far, ``of`` what
-    it is of.
+    weights, digits and noise. Compared are the losses, the gradients of both networks, and their
+    updated weights. The plain optimisers are given the device's gradients, for Adam turns small
+    differences of gradients into large ones of weights. ``largest`` is the largest relative
+    deviation so far, ``of`` what it is of.
     """
 
     def __init__(self, gan: DCGAN, step: Step) -> None:
@@ -1301,8 +1303,8 @@ class ComparedStep:
     def compare_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Compare the gradients of a plain update with those on the device, and take the latter.
 
-        Left out are those that are zero but for rounding, such as of biases before BatchNorm. Small
-        ones, sums of much that cancels out, count for less.
+        Gradients that are zero but for rounding, such as those of biases before BatchNorm, are left
+        out. Deviations of small ones count for less: they are sums of much that cancels out.
         """
         if not self.gradients:
             raise Failure("the same step, taken again, has more updates: see training_step")
@@ -1314,7 +1316,8 @@ class ComparedStep:
             weight.grad = gradient.cpu()
             if plain.norm() > 1e-4 * largest:
                 scale = plain.norm() + 0.1 * largest
-                self.compare(f"gradient of {names[weight]}", weight.grad, plain, scale)
+                of = names.get(weight, "another network")
+                self.compare(f"gradient of {of}", weight.grad, plain, scale)
 
     def compare(self, of: str, value: Tensor, plain: Tensor, scale: Tensor) -> None:
         """Keep how far a value of the device is from the plain one, relative to a scale."""
@@ -1518,9 +1521,9 @@ def load_classifier(content: dict, device: torch.device) -> Classifier:
 class Scorer:
     """Tell how good the digits of a model are that was trained on a split of MNIST.
 
-    They are compared with the other split, which the model has not seen. ``floors`` has, by the
-    number of digits, what as many real ones of the split that it has seen get. A score that was
-    added later has no floor.
+    They are compared with the other split, which the model has not seen. ``floors`` has, for some
+    numbers of digits, the scores that so many real digits of the split that it has seen get. A
+    score that was added later has no floor.
     """
 
     def __init__(self, content: dict, seen: str, device: torch.device) -> None:
@@ -1618,7 +1621,7 @@ def share_of_copies(drawn: Tensor, seen: Tensor, unseen: Tensor) -> float:
     """Return the share of drawn digits that are nearer to a seen digit than to any unseen one.
 
     All are features: ``drawn`` (n, d), and of as many seen digits as unseen ones, both (m, d). The
-    share is about 0.5 if nothing is copied, and 1 if all are copies of those given.
+    share is about 0.5 if nothing is copied, and 1 if all are copies of ``seen``.
     """
     copies = 0
     for part in drawn.split(500):
@@ -1824,8 +1827,8 @@ class RunFolder:
     def begin(self, dry_run: bool) -> None:
         """Make and take the folder, and move the files of an earlier run into one below it.
 
-        A dry run is refused where there are such files. Raises Failure and leaves all files as they
-        were.
+        A dry run is refused where there are such files. If it raises Failure, all files are where
+        they were.
         """
         self.make()
         self.take()
@@ -1851,7 +1854,7 @@ class RunFolder:
             finally:
                 probe.unlink(missing_ok=True)
             for path in self.path.glob(".*.tmp"):
-                match = re.fullmatch(r"\.(.+)\.[0-9a-f]{32}\.tmp", path.name)
+                match = re.fullmatch(r"\.+(.+?)(?:\.[0-9a-f]{32}\.tmp)+", path.name)
                 with suppress(FileNotFoundError):  # another command may be cleaning too
                     if match and is_ours(match[1]) and time.time() - path.stat().st_mtime > 3600:
                         path.unlink()
@@ -1870,9 +1873,8 @@ class RunFolder:
         try:
             fcntl.flock(self.lock_handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Failure(
-                f"another run is using {self.path}; choose another --output-dir"
-            ) from error
+            held = f"another run is using {self.path}"
+            raise Failure(f"{held}; choose another --output-dir") from error
         except OSError as error:  # some network drives have no locks
             reason = error.strerror
             print(f"warning: cannot lock {self.path} ({reason}); do not start another run there")
@@ -2000,7 +2002,8 @@ def only_warned(what: str, later: str = "") -> Iterator[None]:
 
 def moved_away(path: Path) -> list[Path]:
     """Return where new runs have moved files of this path, the earliest first."""
-    return sorted(path.parent.glob(f"previous_*/{path.name}"))
+    found = path.parent.glob(f"previous_*/{path.name}")
+    return sorted(found, key=lambda path: (len(path.parent.name), path))
 
 
 def read_checkpoint(path: Path, *more: str) -> dict:
@@ -2191,11 +2194,7 @@ def settle(
 
 
 def pictures_of_run(
-    data_dir: Path | None,
-    split: str,
-    split_given: bool,
-    checkpoint: dict | None,
-    folder: RunFolder,
+    data_dir: Path | None, split: str, split_given: bool, checkpoint: dict | None, folder: RunFolder
 ) -> tuple[Tensor, str]:
     """Return the pictures to train on and where they were found. Raises Failure.
 
@@ -2214,7 +2213,7 @@ def check_apart(source: Path, output: Path) -> None:
     """Raise WrongInput if pictures to train on are, or would be, among what the program writes."""
     source = source.resolve()
     output = output.resolve()
-    if source == output or source in output.parents or output in source.parents:
+    if output.is_relative_to(source) or source.is_relative_to(output):
         mixed = f"the pictures to train on ({source}) and the output folder must be kept apart"
         raise WrongInput(f"argument --output-dir: {mixed}; choose another folder")
     files = files_below(source) if source.is_dir() else []
@@ -2308,10 +2307,8 @@ def score_save_draw(
             folder.write_pictures(run)
             taken = time.perf_counter() - start
             left = taken / (saved - done_before) * (run.epochs - saved)
-            print(
-                f"saved to {folder.path} after {tqdm.format_interval(taken)}, "
-                f"{tqdm.format_interval(left)} left"
-            )
+            after = f"after {tqdm.format_interval(taken)}, {tqdm.format_interval(left)} left"
+            print(f"saved to {folder.path} {after}")
     except (KeyboardInterrupt, Exception) as error:
         if saved == 0 or gan.settings.dry_run:
             raise
@@ -2357,8 +2354,7 @@ def find_generator(options: Namespace, device: torch.device, folder: RunFolder) 
         path = EXAMPLE
     elif options.best and not path.exists() and (folder.path / CHECKPOINT).exists():
         raise WrongInput(f"argument --best: the run in {folder.path} has no scores; leave it out")
-    seed = given_settings(options).get("seed", Settings.seed)
-    return TrainedGenerator(path, device, seed)
+    return TrainedGenerator(path, device, getattr(options, "seed", Settings.seed))
 
 
 def generate(options: Namespace, device: torch.device, folder: RunFolder) -> list[str]:
@@ -2438,7 +2434,7 @@ def evaluate(options: Namespace, device: torch.device, folder: RunFolder) -> lis
     else:
         digits = read_drawings(options.evaluate)
         prefix = f"{options.evaluate.stem}_"
-        seen = given_settings(options).get("split", Settings.split)
+        seen = getattr(options, "split", Settings.split)
         source = {"of": str(options.evaluate)}
     folder.make()
     scorer = Scorer(content, seen, device)
@@ -2637,9 +2633,8 @@ def parse_options(argv: Sequence[str]) -> Namespace:
         of_runs = {name for name in ("epochs", "data_dir", "log_every") if getattr(options, name)}
         extra = sorted((given_settings(options).keys() | of_runs) - used)
         if extra:
-            parser.error(
-                f"{flag(extra[0])} is a training flag and cannot be combined with {modes[0]}"
-            )
+            wrong = f"{flag(extra[0])} is a training flag"
+            parser.error(f"{wrong} and cannot be combined with {modes[0]}")
     if options.digit is not None and not options.generate:
         parser.error("--digit requires --generate N")
     if options.best and (from_file or not drawing):
@@ -2716,8 +2711,12 @@ def main(argv: Sequence[str] = ()) -> int:
     try:
         with redirect_stdout(output), redirect_stderr(bars):
             check_torch()
+            try:
+                options = parse_options(argv)
+            except SystemExit:
+                return 0  # of argparse, after --help
             with own_torch():
-                run_command(parse_options(argv))
+                run_command(options)
         return 0
     except Failure as error:
         if rank == 0:  # it speaks for all, which fail alike
@@ -2729,10 +2728,6 @@ def main(argv: Sequence[str] = ()) -> int:
         stopped = interrupt if isinstance(interrupt, Stopped) else Stopped(signal.SIGINT)
         last_line("stopped", stopped, rank)
         return 128 + stopped.signum
-    except SystemExit as end:
-        if end.code:
-            raise
-        return 0  # of argparse, after --help
     except Exception as error:
         if not outside(error):
             raise
@@ -2746,16 +2741,18 @@ def own_process() -> Iterator[None]:
 
     It is undone in the end, for a notebook's %run goes on in the same process. The first signal
     stops the program in good order, the second one at once; in all processes but the first, every
-    signal does so at once. Those that are ignored, as with nohup, stay so. A line appears when it
-    is printed. Characters that the console lacks are shown as escapes.
+    signal does so at once. torchrun sends its processes a signal again that a terminal has sent
+    to all: there, the first process ignores later ones. Those that are ignored, as with nohup, stay
+    so. A line appears when it is printed. Characters that the console lacks are shown as escapes.
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
     signals = [signum for signum in known if signal.getsignal(signum) != signal.SIG_IGN]
 
     def stop(signum: int, frame: object) -> NoReturn:
+        later = signal.SIG_IGN if started_by_torchrun() else signal.SIG_DFL
         for each in signals:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, later)
         raise Stopped(signum)
 
     with ExitStack() as stack:

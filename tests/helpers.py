@@ -231,7 +231,10 @@ def digits_in(path: Path | str, rows: int = 5) -> torch.Tensor:
 def change_steps(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> None:
-    """Let ``change(number, figures)`` see every training step from 1 on, and give its figures."""
+    """Let ``change(number, figures)`` see every training step from 1 on, and give its figures.
+
+    A dry run takes each step twice, to compare them.
+    """
     original = dcgan_mnist.training_step
     count = 0
 
@@ -261,8 +264,8 @@ class Disk:
     """A stand-in for what a file system does, the only one: it fails or is interrupted.
 
     ``faults`` are called when the file of their name is about to get its new content, or to be
-    moved; that of "fsync" when anything is written. ``waits`` are the seconds that the program
-    sleeps, which take no time.
+    moved; that of "replace" when any file is about to get it, that of "fsync" when anything is
+    written. ``waits`` are the seconds that the program sleeps, which take no time.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +277,7 @@ class Disk:
         fsync = os.fsync
 
         def replaced(path: Path, target: Path) -> Path:
-            self.touch(Path(target).name)
+            self.touch(Path(target).name, "replace")
             return replace(path, target)
 
         def renamed(path: Path, target: Path) -> Path:
@@ -297,11 +300,11 @@ class Disk:
         monkeypatch.setattr(time, "sleep", self.waits.append)
         monkeypatch.setattr(time, "monotonic", lambda: sum(self.waits))
 
-    def touch(self, name: str) -> None:
+    def touch(self, *names: str) -> None:
         """Do what is to come when a file is changed."""
-        fault = self.faults.get(name) or self.faults.get("any file")
-        if fault is not None:
-            fault()
+        for name in names:
+            if name in self.faults:
+                self.faults[name]()
 
     def fail(self, name: str, number: int = errno.EACCES, times: int = 10**6) -> None:
         """Fail some times, from now on, to change the file of a name."""

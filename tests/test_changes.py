@@ -142,6 +142,22 @@ TRAINING: dict[str, Edits] = {
             "    gan.optimizer_q.step()\n"
         ),
     },
+    "another network, of the generator's optimiser": {
+        "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n": (
+            "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n"
+            "            self.q = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))\n"
+        ),
+        "        self.optimizer_g = adam(self.generator.parameters())\n": (
+            "        weights = [*self.generator.parameters(), *self.q.parameters()]\n"
+            "        self.optimizer_g = adam(weights)\n"
+        ),
+        '            "average": self.average,\n': (
+            '            "average": self.average,\n            "q": self.q,\n'
+        ),
+        "    gan.optimizer_g.step()\n": (
+            "    gan.q(fake.detach()).square().mean().backward()\n    gan.optimizer_g.step()\n"
+        ),
+    },
     "noise on the real digits": {
         "        on_real = gan.discriminator.logits(real)  # (n,)\n": (
             "        on_real = gan.discriminator.logits(real + 0.1 * torch.randn_like(real))\n"
@@ -223,7 +239,9 @@ def test_another_layer_is_trained_as_it_is_written(
 def test_another_way_to_train_goes_on_exactly(
     change: Callable[[Edits], ModuleType], flags: list[str], edit: str
 ):
-    assert_trains_draws_and_goes_on_exactly(change(TRAINING[edit]), flags)
+    program = change(TRAINING[edit])
+    assert_trains_draws_and_goes_on_exactly(program, flags)
+    assert program.main([*flags, "--dry-run"]) == 0
 
 
 @pytest.mark.few(1)

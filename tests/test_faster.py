@@ -385,7 +385,22 @@ def take_steps(gan: DCGAN, step: Step, sizes: list[int]) -> list[torch.Tensor]:
         return [*figures, *state(gan), torch.rand(3, device=gan.device)]
 
 
-CHANGES = ["nothing", "dropout", "spectral_norm", "a run that goes on"]
+CHANGES = ["nothing", "another network", "dropout", "spectral_norm", "a run that goes on"]
+
+
+def add_network(gan: DCGAN) -> None:
+    """Let a network more be trained in each step, with an optimiser of its own."""
+    parts = gan.parts()
+    network = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(network.parameters())
+
+    def train(*_: object) -> None:
+        optimizer.zero_grad()
+        network(torch.ones(1, 2)).square().sum().backward()
+        optimizer.step()
+
+    gan.optimizer_d.register_step_post_hook(train)
+    gan.parts = lambda: parts | {"network": network, "optimizer": optimizer}
 
 
 def change_gan(gan: DCGAN, change: str) -> None:
@@ -396,6 +411,8 @@ def change_gan(gan: DCGAN, change: str) -> None:
             gan.discriminator.layers.insert(2, nn.Dropout(0.2))
         elif change == "spectral_norm":
             spectral_norm(gan.discriminator.layers[2])
+        elif change == "another network":
+            add_network(gan)
         elif change == "a run that goes on":
             take_steps(gan, partial(training_step, gan), [20, 7])
 

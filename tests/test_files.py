@@ -190,6 +190,14 @@ def test_a_new_run_moves_all_of_an_earlier_one_and_nothing_else(run):
     assert contents("result") == contents("third") | MINE | kept
 
 
+def test_the_latest_of_a_thousand_earlier_runs_is_named(run):
+    for number in (999, 1000):
+        folder = Path(f"result/previous_{number}")
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.pt").touch()
+    assert run("--generate", 3).is_one_line(1, "error: there is no", "previous_1000")
+
+
 @pytest.mark.parametrize("folder", ["result", "my runs"])
 def test_the_command_that_goes_on_with_a_moved_run_is_named_and_works(run, folder: str):
     run(*THREE_STEPS, "--epochs", 2, "--output-dir", "whole")
@@ -316,7 +324,7 @@ def test_what_killed_commands_left_half_written_goes_once_it_is_an_hour_old(
 ):
     number = "0123456789abcdef" * 2
     ours = ("checkpoint.pt", "generated_epoch_007.png", "history.csv", "generated.npy")
-    for name in ours:
+    for name in (*ours, f".checkpoint.pt.{number}.tmp"):
         write_half(f".{name}.{number}.tmp", age=3700)
     young = write_half(f".checkpoint.pt.{number[::-1]}.tmp", age=3500)  # of a command at work
     others = [
@@ -593,11 +601,16 @@ def test_the_best_generator_is_there_before_the_checkpoint_of_its_epoch(
     assert best["epoch"] == 2
 
 
-def test_ctrl_c_while_a_file_is_written_leaves_no_part_of_it(run, disk: Disk):
+def test_ctrl_c_while_a_file_is_written_leaves_no_part_of_it(run, disk: Disk, monkeypatch):
+    def change(step: int, stats: torch.Tensor) -> torch.Tensor:
+        if step == 3:  # the last one of its epoch
+            disk.interrupt("fsync", ctrl_c)
+        return stats
+
     run(*THREE_STEPS, "--epochs", 1)
     before = contents("result")
-    disk.interrupt("fsync", ctrl_c)
-    assert run("--resume", "--epochs", 2).is_one_line(130, "stopped: ", "the same command")
+    change_steps(monkeypatch, change)
+    assert run("--resume", "--epochs", 2).is_one_line(130, "stopped: epoch 1 is saved")
     assert contents("result") == before
 
 
@@ -762,9 +775,12 @@ def is_refused(checkpoint: Path) -> Callable[[bytes], bool]:
         try:
             read = dcgan_mnist.read_checkpoint(checkpoint)
         except Failure as failure:
-            return str(failure).startswith(f"{checkpoint} is ")
-        assert equal(read, content)
-        return False
+            reason = str(failure)
+        else:
+            assert equal(read, content)
+            return False
+        assert reason.startswith(f"{checkpoint} is ")
+        return True
 
     return is_refused
 

@@ -38,7 +38,7 @@ def test_settings_cannot_be_changed_half_way():
         Settings().lr = 0.1
 
 
-def test_the_recipes_are_those_whose_scores_readme_gives():
+def test_the_recipes_are_those_that_were_measured():
     assert RECIPES == {
         "article": {},
         "tuned": {"lr": 0.002, "beta2": 0.99, "generator_steps": 2},

@@ -17,7 +17,7 @@ import dcgan_mnist
 
 
 def whole(capsys: pytest.CaptureFixture[str], *argv: str) -> Outcome:
-    """Run a command line as it is, with nothing small or faked."""
+    """Run a command line with real networks, digits and scores."""
     code = dcgan_mnist.main(argv)
     out, err = capsys.readouterr()
     return Outcome(code, out, err)
@@ -29,7 +29,7 @@ def test_the_record_works_at_full_size(
 ):
     monkeypatch.chdir(tmp_path)
     folder = Path("result")
-    flags = ("--recipe", "quick", "--epochs", "1", "--dry-run", "--output-dir", str(folder))
+    flags = ("--recipe", "quick", "--dry-run", "--output-dir", str(folder))
     outcome = whole(capsys, *flags)
     assert (outcome.code, outcome.err, outcome.warnings()) == (0, "", [])
     assert "Training on 10,000 pictures" in outcome.out
