@@ -42,7 +42,7 @@ OWN_PICTURES = [  # the example of its section, whose first command makes what t
     "python dcgan_mnist.py --data-dir result/generated.npy --recipe tuned --epochs 100 "
     "--output-dir sevens",
 ]
-# reversed, for the first two of each kind are tried by default, and --evaluate takes seconds
+# reversed, for the first ones are tried by default, and --evaluate takes seconds
 PROGRAM_COMMANDS = sorted(COMMANDS - OTHER_COMMANDS - set(OWN_PICTURES), reverse=True)
 DRAWING = [c for c in PROGRAM_COMMANDS if re.search("--generate|--interpolate|--evaluate", c)]
 TRAINING = [command for command in PROGRAM_COMMANDS if command not in DRAWING]
@@ -177,8 +177,6 @@ def test_the_benchmark_prints_the_figures_of_the_record_and_draws_its_picture(sm
         ("textbook loop, averaged", "1", "2"),
         ("with the record's settings", "1", "7"),
         ("with the record's settings, averaged", "1", "7"),
-        ("with the loss on logits", "1", "7"),
-        ("with the loss on logits, averaged", "1", "7"),
         ("by this program, fp32", "1", "7"),
         ("in bf16: the record", "2", "7"),
         ("recipe article", "1", "2"),
