@@ -306,9 +306,12 @@ class Disk:
             if name in self.faults:
                 self.faults[name]()
 
-    def fail(self, name: str, number: int = errno.EACCES, times: int = 10**6) -> None:
-        """Fail some times, from now on, to change the file of a name."""
-        self.interrupt(name, raising(OSError(number, os.strerror(number))), range(1, times + 1))
+    def fail(
+        self, name: str, number: int = errno.EACCES, times: int = 10**6, first: int = 1
+    ) -> None:
+        """Fail some times, from the first on that is given, to change the file of a name."""
+        fault = raising(OSError(number, os.strerror(number)))
+        self.interrupt(name, fault, range(first, first + times))
 
     def interrupt(self, name: str, act: Callable[[], None], times: Container[int] = (1,)) -> None:
         """Do something the first time, or those given, that the file of a name is changed."""

@@ -610,7 +610,9 @@ def test_ctrl_c_while_a_file_is_written_leaves_no_part_of_it(run, disk: Disk, mo
     run(*THREE_STEPS, "--epochs", 1)
     before = contents("result")
     change_steps(monkeypatch, change)
-    assert run("--resume", "--epochs", 2).is_one_line(130, "stopped: epoch 1 is saved")
+    assert run("--resume", "--epochs", 2).is_one_line(
+        130, "stopped: epoch 1 is saved", "the same command"
+    )
     assert contents("result") == before
 
 

@@ -119,9 +119,7 @@ def test_the_oldest_torch_is_that_of_the_requirements():
 def test_a_folder_where_no_file_can_be_replaced_is_refused_before_training(
     run, disk: Disk, first: int
 ):
-    no_permission = raising(OSError(errno.EPERM, os.strerror(errno.EPERM)))
-    times = range(first, 10**6)  # from the second time on, a file is there
-    disk.interrupt("replace", no_permission, times)
+    disk.fail("replace", errno.EPERM, first=first)  # the second time, a file is there
     outcome = run(*THREE_STEPS)
     assert outcome.is_one_line(2, "error: argument --output-dir: result", "not permitted")
     assert contents(".") == {}
@@ -334,8 +332,9 @@ def test_only_the_help_page_is_done_without_training(
     run, monkeypatch: pytest.MonkeyPatch, code: object
 ):
     monkeypatch.setattr(torchsummary, "summary", raising(SystemExit(code)))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         run(*TWO_EPOCHS)
+    assert end.value.code == code
     assert run("--help").code == 0
 
 

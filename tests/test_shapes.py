@@ -110,9 +110,7 @@ def test_gradients_of_the_discriminators_judgement_reach_every_parameter_of_both
     discriminator = Discriminator()
     discriminator.logits(generator(torch.randn(2, 100, 1, 1))).sum().backward()
     for parameter in (*generator.parameters(), *discriminator.parameters()):
-        assert parameter.grad is not None
-        if parameter.dim() == 4:  # that of a bias before BatchNorm is only rounding errors
-            assert parameter.grad.abs().max() > 0
+        assert parameter.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("network", [Generator, Discriminator])
