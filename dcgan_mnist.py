@@ -7,7 +7,7 @@
 
     python dcgan_mnist.py --generate 100               draw digits now, with the generator included
     python dcgan_mnist.py --epochs 10                  train on the 10,000 bundled digits, offline
-    python dcgan_mnist.py --recipe quick --epochs 1    train for less than a minute
+    python dcgan_mnist.py --recipe quick --epochs 1    train for about a minute
     python dcgan_mnist.py --dry-run                    check an installation in six steps
     python dcgan_mnist.py --resume                     go on with the run in the folder "result"
 
@@ -49,8 +49,8 @@ To change something, go there, and try it with --dry-run:
     a picture of a run          its function in the room pictures, a line in PICTURES
     a command                   its function, a line in COMMANDS, a flag in add_drawing_flags
 
-A run that is resumed by an edited program goes on with the edits. README.md says which files are
-written, and when.
+A run that is resumed by an edited program goes on with the edits, but keeps its settings. README.md
+says which files are written, and when.
 """
 
 import argparse
@@ -58,6 +58,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import io
@@ -190,7 +191,7 @@ def weights_init(m: nn.Module) -> None:
     else:
         return
     if m.weight is not None:
-        # assigned, for a parametrized weight, as of spectral_norm, cannot be changed in place
+        # assign: a parametrized weight, such as that of spectral_norm, cannot be changed in place
         m.weight = nn.init.normal_(m.weight, mean, std=0.02)
     if m.bias is not None:
         nn.init.zeros_(m.bias)
@@ -323,7 +324,7 @@ LAYERS = 6  # what layers such as dropout draw in an epoch
 
 
 def stream_seed(seed: int, use: int, epoch: int = 0) -> int:
-    """Return where the random numbers of a use named above start, in an epoch if it has one.
+    """Return the seed of a stream: of a use named above and, if it has one, of an epoch.
 
     numpy mixes the three: on a CPU, torch takes only the last 32 bits of a seed.
     """
@@ -537,7 +538,7 @@ def draw(generator: nn.Module, z: Tensor, precision: str = "fp32") -> Tensor:
 
 
 # =========================================== training ===========================================
-class Failure(Exception):  # noqa: N818 (no error of the program)
+class Failure(Exception):  # noqa: N818 (not an error in the program)
     """Something outside the program went wrong, a full disk for one. The user gets the message."""
 
 
@@ -611,16 +612,26 @@ def check_finite(gan: DCGAN, stats: Tensor, title: str) -> None:
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 
+def of_machine(error: BaseException) -> bool:
+    """Tell whether an error says that memory is used up or that a GPU is lost."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
+        return True
+    return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
+
+
 @contextmanager
 def explained(
     what: str, errors: Errors, advice: str = "", failure: type[Failure] = Failure
 ) -> Iterator[None]:
-    """Turn errors into a Failure that says what failed, why, and what to do."""
+    """Turn errors into a Failure that says what failed, why, and what to do.
+
+    Errors of the machine stay as they are: they tell nothing of what was tried.
+    """
     try:
         yield
-    except (Failure, torch.OutOfMemoryError):
-        raise
     except errors as error:
+        if isinstance(error, Failure) or of_machine(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         message = f"{what} ({textwrap.shorten(reason, 200)})"
         raise failure(f"{message}; {advice}" if advice else message) from error
@@ -628,7 +639,7 @@ def explained(
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Leave out what libraries remark on a file that they read, such as that it is large."""
+    """Suppress what libraries warn of when they read a file, such as that it is large."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -640,7 +651,7 @@ class Unusable(Failure):
 
 ACCEPTED = (
     "--data-dir takes a folder of pictures (PNG, JPEG ...), or 28 x 28 pixels of uint8 in MNIST's "
-    "format or in an .npy file; README.md has the list"
+    "format or in an .npy file; README.md says more"
 )
 MNIST_NAMES = {"train": "train-images", "test": "t10k-images"}
 IDX_PICTURES = bytes([0, 0, 8, 3])  # how MNIST's format, IDX, begins: uint8 in three dimensions
@@ -951,7 +962,8 @@ def pick_device(name: str) -> torch.device:
     """Return the device to compute on. Raises WrongInput if it is not there or does not work."""
     there = {
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
+        # gloo, by which processes share gradients, cannot take those on mps
+        "mps": torch.backends.mps.is_available() and not started_by_torchrun(),
         "cpu": True,
     }
     kind = next(device for device in there if there[device]) if name == "auto" else name
@@ -1091,11 +1103,11 @@ class GraphedStep:
 
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
-        self.replay: Step | None = None  # of full batches; the others fit no graph
+        self.replay: Step | None = None  # full batches only: a graph has fixed shapes
         parts = gan.parts().values()
         self.networks = [part for part in parts if isinstance(part, nn.Module)]
         self.optimizers = [part for part in parts if isinstance(part, torch.optim.Optimizer)]
-        # what an optimiser keeps is there after its first step
+        # an optimiser creates its state in its first step
         self.have_begun = all(optimizer.state for optimizer in self.optimizers)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
@@ -1124,7 +1136,7 @@ class GraphedStep:
     def record(self, graph_real: Tensor, graph_z: Tensor) -> Step:
         """Record a step on these tensors; return what copies a batch there and takes the step.
 
-        If that cannot be, return the plain step: if the fault is its own, it shows itself.
+        If recording fails, return the plain step, which shows any error of its own.
         """
         try:
             graph = torch.cuda.CUDAGraph()
@@ -1243,14 +1255,14 @@ class ComparedStep:
     weights, digits and noise. Compared are the losses, the gradients of both networks, and their
     updated weights. The plain optimisers are given the device's gradients, for Adam turns small
     differences of gradients into large ones of weights. ``largest`` is the largest relative
-    deviation so far, ``of`` what it is of.
+    deviation so far, ``result`` what a dry run prints of it.
     """
 
     def __init__(self, gan: DCGAN, step: Step) -> None:
         self.gan = gan
         self.step = step
         self.largest = 0.0
-        self.of = "nothing"
+        self.result = "0 (all values are equal)"
         self.plain = DCGAN(dataclasses.replace(gan.settings, precision="fp32"), torch.device("cpu"))
         self.gradients: list[list[Tensor]] = []  # on the device, of each update of a step
         self.recorded: list[list[Tensor]] = []  # the same in a CUDA graph, which replays refill
@@ -1286,7 +1298,7 @@ class ComparedStep:
             scale = update.norm() + 1e-3 * plain.norm()  # rounding hides very small updates
             self.compare(f"update of {name}", weights[name].cpu(), plain, scale)
         if draws and self.gan.device.type != "cpu":  # devices have other random numbers
-            self.of = "nothing, since layers draw random numbers"
+            self.result = "not compared: layers draw random numbers, which differ by device"
         else:
             self.judge()
         return stats
@@ -1329,16 +1341,23 @@ class ComparedStep:
         """Raise Failure if a deviation of this step is too large."""
         precision = self.gan.settings.precision
         where = f"{self.gan.device.type} in {precision}"
-        flags = "--graph off, --precision fp32 or --device cpu"
+        flags = []
+        if self.gan.device.type == "cuda":
+            flags.append("--graph off")
+        if precision == "bf16":
+            flags.append("--precision fp32")
+        if self.gan.device.type != "cpu":
+            flags.append("--device cpu")
+        advice = f"try {' or '.join(flags)}; " if flags else ""
+        advice += "after an edit, see what training_step may do"
         for of, deviation in self.deviations.items():
             if not deviation <= TOLERANCE[precision]:  # also if it is not a number
                 wrong = f"{where} computes something else than is written"
                 amount = f"the {of} differs by {deviation:.1e} from that in fp32 on the CPU"
-                advice = f"try {flags}; after an edit, see what training_step may do"
                 raise Failure(f"{wrong}: {amount}; {advice}")
             if deviation > self.largest:
                 self.largest = deviation
-                self.of = of
+                self.result = f"{deviation:.1e} ({of})"
 
 
 def named_weights(gan: DCGAN) -> list[tuple[str, nn.Parameter]]:
@@ -1522,8 +1541,8 @@ class Scorer:
     """Tell how good the digits of a model are that was trained on a split of MNIST.
 
     They are compared with the other split, which the model has not seen. ``floors`` has, for some
-    numbers of digits, the scores that so many real digits of the split that it has seen get. A
-    score that was added later has no floor.
+    numbers of digits, the scores of as many real digits of the split that it has seen. A score
+    that was added later has no floor.
     """
 
     def __init__(self, content: dict, seen: str, device: torch.device) -> None:
@@ -1855,7 +1874,7 @@ class RunFolder:
                 probe.unlink(missing_ok=True)
             for path in self.path.glob(".*.tmp"):
                 match = re.fullmatch(r"\.+(.+?)(?:\.[0-9a-f]{32}\.tmp)+", path.name)
-                with suppress(FileNotFoundError):  # another command may be cleaning too
+                with suppress(OSError):  # another command or user may have it
                     if match and is_ours(match[1]) and time.time() - path.stat().st_mtime > 3600:
                         path.unlink()
 
@@ -1973,7 +1992,7 @@ class RunFolder:
 
 
 def patiently(action: Callable[[], None], patience: float) -> None:
-    """Try again for so many seconds what fails, unless the disk is full. Raises OSError."""
+    """Repeat what fails for ``patience`` seconds, unless the disk is full. Raises OSError."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -1987,7 +2006,7 @@ def patiently(action: Callable[[], None], patience: float) -> None:
 
 @contextmanager
 def only_warned(what: str, later: str = "") -> Iterator[None]:
-    """Warn of whatever error there is: training does without what these lines do."""
+    """Turn any error into a warning: training can go on without these lines."""
     try:
         yield
     except Failure as failure:
@@ -2150,7 +2169,7 @@ def train(options: Namespace, device: torch.device, folder: RunFolder) -> None:
         announce(settings, device, f"{len(digits):,} pictures from {where}", folder)
         score_save_draw(run, loop, scorer, folder)
         if isinstance(step, ComparedStep):
-            print(f"Largest deviation from fp32 on the CPU: {step.largest:.1e} ({step.of})")
+            print(f"Largest deviation from fp32 on the CPU: {step.result}")
 
 
 def settle(
@@ -2269,21 +2288,19 @@ def announce(settings: Settings, device: torch.device, what: str, folder: RunFol
     """Print on what training begins, where it computes and what there will be to see."""
     print(f"Training on {what}")
     if settings.precision == "bf16" and not has_bf16(device):
-        print(f"warning: this {device.type} has no bf16 arithmetic; fp32 is many times faster")
+        print(f"warning: this {device.type} may be slow in bf16; --precision fp32 may be faster")
     print(f"Computing on {device.type} in {settings.precision}")
     if not settings.dry_run:
         print(f"After each epoch, look at {folder.path / TIMELINE}")
 
 
 def outside(error: BaseException) -> bool:
-    """Tell whether the machine has caused an error: no memory, a lost device, a full disk."""
-    if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
-        return True
-    return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
+    """Tell whether something outside the program has caused an error, a full disk for one."""
+    return isinstance(error, OSError) or of_machine(error)
 
 
 def message_of(error: Exception) -> str:
-    """Return what to print of an error; that of Python's memory says nothing."""
+    """Return what to print of an error; a MemoryError has no message."""
     return str(error) or "out of memory"
 
 
@@ -2740,10 +2757,10 @@ def own_process() -> Iterator[None]:
     """Set up, for a while, what a process of its own needs: signals, what it prints to, pictures.
 
     It is undone in the end, for a notebook's %run goes on in the same process. The first signal
-    stops the program in good order, the second one at once; in all processes but the first, every
-    signal does so at once. torchrun sends its processes a signal again that a terminal has sent
-    to all: there, the first process ignores later ones. Those that are ignored, as with nohup, stay
-    so. A line appears when it is printed. Characters that the console lacks are shown as escapes.
+    stops the program in good order, a second one at once. Under torchrun, which may send a signal
+    twice, the first process ignores a second one; any signal ends the other processes at once. A
+    signal that was ignored before, as with nohup, stays ignored. A line appears when it is printed.
+    Characters that the console lacks are shown as escapes.
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -2774,8 +2791,9 @@ def run_script() -> NoReturn:
     """Run this process's command line."""
     with own_process():
         code = main(sys.argv[1:])
-        if code == NO_READER:  # Python would complain once more of what it cannot print
+        if code == NO_READER:  # or Python complains at exit of what it cannot print
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    gc.freeze()  # or Python takes half a second to look for garbage before it exits
     sys.exit(code)
 
 

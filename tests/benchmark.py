@@ -3,14 +3,16 @@
     python tests/benchmark.py                the speed of a step: two minutes on two cores
     python tests/benchmark.py --to-quality   from the textbook loop to the record: 90 minutes
 
-What is compared takes turns, so that a change of the machine's speed meets all of it. The speed of
-a step is the median over the rounds. For the ladder, whole commands are timed, from launch to exit,
-and their digits scored. Each rung keeps what the one above adds, down to the record, which has more
-seeds than the others: its last runs follow one another. Below it stand the recipes. All numbers of
-epochs were fixed before these runs, and the record's settings were chosen with other seeds.
+What is compared takes turns, so that drift in the machine's speed affects all of it alike. The
+speed of a step is the median over the rounds. For the ladder, whole commands are timed, from launch
+to exit, and their digits scored. Each rung keeps what the one above adds, down to the record, which
+has more seeds than the others: its last runs follow one another. Below it stand the recipes. All
+numbers of epochs were fixed before these runs, and the record's settings were chosen with other
+seeds.
 
 The program's seconds include its scores, checkpoints and pictures. The textbook loop saves only its
-generator; it spends some of its time on the average of its weights, which the second row needs.
+generator; it spends some of its time on the average of its weights, for the rows named "averaged".
+The pictures go to the folder result; README.md shows copies of them in result/example.
 """
 
 import argparse
@@ -40,10 +42,9 @@ sys.path.insert(0, str(ROOT))
 import dcgan_mnist  # noqa: E402
 from dcgan_mnist import Settings  # noqa: E402
 
-BATCH_SIZE = 50
 STEPS = 5  # in a round
 ROUNDS = 20
-TEXTBOOK = "textbook loop"  # this and the next ones: names of rungs
+TEXTBOOK = "textbook loop"  # this and the next ones: names in the tables and pictures
 RECORD = "in bf16: the record"
 ARTICLE = "recipe article"
 TUNED = "recipe tuned"
@@ -54,7 +55,6 @@ RECORD_EPOCHS = 1
 SAME_TIME_EPOCHS = 12  # of the recipe tuned, in no more than the textbook loop's time
 SEEDS = (0, 1, 2)
 RECORD_SEEDS = tuple(range(130, 140))
-EVALUATED = 10_000  # digits drawn to score a run
 PICTURES = ROOT / "result"  # their folder
 Round = Callable[[], float]  # takes some steps: seconds of one
 
@@ -127,7 +127,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def textbook_round(device: torch.device, sizes: Settings, count: int) -> Round:
-    """Return what takes some steps of the textbook loop."""
+    """Return a function that takes some steps of the textbook loop."""
     loop = textbook_loop(*textbook_networks(sizes, device), sizes, device)
 
     def take_steps() -> float:
@@ -141,7 +141,7 @@ def textbook_round(device: torch.device, sizes: Settings, count: int) -> Round:
 
 
 def program_round(device: torch.device, settings: Settings, count: int) -> Round:
-    """Return what takes some steps of the program, as a run takes them: from one to the next."""
+    """Return a function that takes some steps of the program, as a run does."""
     gan = dcgan_mnist.DCGAN(settings, device)
     step = dcgan_mnist.fastest_step(gan)
     digits = dcgan_mnist.load_pictures(None, "test")[0][: (count + 1) * settings.batch_size]
@@ -177,10 +177,9 @@ def medians(rounds_of: dict[str, Round]) -> dict[str, float]:
 
 def speed_table(device: torch.device, sizes: Settings, count: int) -> str:
     """Measure steps of the textbook loop and of the program; return a table of them."""
-    settings = dataclasses.replace(sizes, batch_size=BATCH_SIZE)
-    rounds_of = {"textbook loop, fp32": textbook_round(device, settings, count)}
+    rounds_of = {"textbook loop, fp32": textbook_round(device, sizes, count)}
     for precision in ("fp32", "bf16"):
-        settings = dataclasses.replace(settings, precision=precision)
+        settings = dataclasses.replace(sizes, precision=precision)
         rounds_of[f"this program, {precision}"] = program_round(device, settings, count)
     rows = [("", "ms a step", "speed-up")]
     seconds = medians(rounds_of)
@@ -277,7 +276,8 @@ def generators(rung: Rung, path: Path) -> dict[str, nn.Module]:
 
 def distance(generator: nn.Module, settings: Settings, scorer: dcgan_mnist.Scorer) -> float:
     """Return the FD of 10,000 digits that a generator draws in fp32."""
-    z = dcgan_mnist.make_noise(EVALUATED, settings.latent_dim, seed=0, use=dcgan_mnist.DRAWING)
+    count = dcgan_mnist.EVALUATED
+    z = dcgan_mnist.make_noise(count, settings.latent_dim, seed=0, use=dcgan_mnist.DRAWING)
     return scorer(dcgan_mnist.draw(generator, z))["fd"]
 
 
@@ -322,7 +322,8 @@ def print_ladder(sizes: Settings, device: torch.device, folder: Path) -> None:
                 print(f"{name}, seed {seed}: FD {fd:.1f}", flush=True)
     print(ladder_table(rungs, seconds, scores))
     draw_beside("same_time.png", {name: first[name] for name in (TEXTBOOK, SAME_TIME)})
-    draw_beside("recipes.png", {name: first[name] for name in (ARTICLE, TUNED, INCLUDED)})
+    recipes = {ARTICLE: ARTICLE, "recipe quick": RECORD, TUNED: TUNED, INCLUDED: INCLUDED}
+    draw_beside("recipes.png", {label: first[name] for label, name in recipes.items()})
 
 
 def ladder_table(
@@ -394,7 +395,7 @@ def main() -> None:
         if options.to_quality:
             print_ladder(settings, device, Path(folder))
         else:
-            print(f"batches of {BATCH_SIZE}")
+            print(f"batches of {settings.batch_size}")
             print(speed_table(device, settings, STEPS * (20 if device.type == "cuda" else 1)))
 
 

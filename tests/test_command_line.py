@@ -194,6 +194,18 @@ def torchrun(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
 
 
+def test_processes_on_a_mac_compute_on_its_cpu_for_they_cannot_share_gradients_on_mps(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    let_devices_compute(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    torchrun(monkeypatch, rank=1)
+    assert dcgan_mnist.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(dcgan_mnist.WrongInput, match="no mps"):
+        dcgan_mnist.pick_device("mps")
+
+
 def test_a_gpu_that_this_pytorch_has_no_kernels_for_is_told_of_before_training(
     run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

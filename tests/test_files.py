@@ -35,6 +35,7 @@ from helpers import (
     ctrl_c,
     equal,
     new_gan,
+    raising,
     saved,
     write_idx,
 )
@@ -852,6 +853,19 @@ FOREIGN = {
 def test_files_that_are_no_checkpoints_are_refused(run, checkpoint: Path, kind: str):
     assert_refused(run, FOREIGN[kind], DAMAGED)
     assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_checkpoint_is_not_called_damaged_where_memory_is_used_up(
+    run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    monkeypatch.setattr(torch, "load", raising(error))
+    for command in (["--resume", "--epochs", 9], ["--generate", 3]):
+        outcome = run(*command)
+        assert outcome.is_one_line(1, "error: ", "memory")
+        assert DAMAGED not in outcome.err
 
 
 def test_bytes_after_the_end_of_a_checkpoint_change_nothing(checkpoint: Path, is_refused):
