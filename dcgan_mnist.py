@@ -39,15 +39,17 @@ To change something, go there, and try it with --dry-run:
     the loss                    training_step, update_generator; curves and signs_of_collapse too
     an optimiser                DCGAN.__init__
     another network             DCGAN.__init__, where it is seeded, and DCGAN.parts
-    the noise                   sample_noise
-    a schedule of the rate      train_epochs, before step, from gan.epoch; on a GPU, --graph off
+    the noise                   sample_noise, from its stream of random numbers
+    a schedule of the rate      train_epochs, before step, from gan.epoch; on a GPU, --graph off.
+                                A resumed run starts with the rate of DCGAN.__init__
     a setting and its flag      a line in Settings; networks take it in new_generator and DCGAN
     what may be trained on      read_pictures; as_digit for pictures in a folder
-    how digits become images    to_images
+    how digits become images    to_images; draw, for the way back
     a number in the log         STATS, LOG_LINE and the last lines of training_step, in one order
     a score                     a line in SCORES, a line in Scorer.scores
     a picture of a run          its function in the room pictures, a line in PICTURES
-    a command                   its function, a line in COMMANDS, a flag in add_drawing_flags
+    a command                   its function, a line in COMMANDS, a flag in add_drawing_flags; the
+                                names of its files in FILES
 
 A run that is resumed by an edited program goes on with the edits, but keeps its settings. README.md
 says which files are written, and when.
@@ -235,8 +237,8 @@ def setting(
     default: object,
     help: str,
     *,
-    low: Any = None,
-    high: Any = math.inf,
+    low: float = -math.inf,
+    high: float = math.inf,
     choices: Sequence[str] = (),
 ) -> Any:
     """Return a field of Settings that has a flag with this help, and either a range or choices."""
@@ -533,7 +535,7 @@ def draw(generator: nn.Module, z: Tensor, precision: str = "fp32") -> Tensor:
         for part in z.split(100):  # a few at a time, for little memory
             with autocast(device, precision):
                 images = generator(part.to(device)).squeeze(1)  # in [-1, 1]
-            digits.append(((images + 1) * 127.5).round().byte().cpu())
+            digits.append(((images + 1) * 127.5).round().clamp(0, 255).byte().cpu())
     return torch.cat(digits)
 
 
@@ -1513,9 +1515,10 @@ class Classifier(nn.Module):
         The features are ten times as large as those of the network, for distances of handy size.
         """
         device = self.head.weight.device
-        images = (to_images(part.to(device)) for part in digits.split(500))
+        # not by to_images: if that is edited, scores must stay comparable
+        scaled = (part.to(device).unsqueeze(1).float() / 127.5 - 1 for part in digits.split(500))
         with full_fp32(), torch.autocast(device.type, enabled=False):  # the same for everyone
-            features = torch.cat([self.features(part) for part in images])
+            features = torch.cat([self.features(images) for images in scaled])
             probabilities = self.head(features).softmax(dim=1)
         return 10 * features.cpu(), probabilities.cpu()
 
@@ -2336,10 +2339,19 @@ def score_save_draw(
             raise
         raise Failure(f"{message_of(error)}; {to_go_on}") from error
     if gan.settings.dry_run:
-        print("The dry run went well: reading, training, saving and drawing work")
-        print("After so few steps, digits and scores mean nothing")
+        end_dry_run(folder)
     elif run.best_epoch:
         print(f"The best epoch was {run.best_epoch}: {BEST}, for --generate N --best")
+
+
+def end_dry_run(folder: RunFolder) -> None:
+    """Say that a dry run went well. Raises Failure if a picture or the table is missing."""
+    drawn = (HISTORY, epoch_picture(1), epoch_picture(2), *PICTURES)
+    missing = [name for name in drawn if not (folder.path / name).exists()]
+    if missing:
+        raise Failure(f"the dry run could not write {' and '.join(missing)}; see its warnings")
+    print("The dry run went well: reading, training, saving and drawing work")
+    print("After so few steps, digits and scores mean nothing")
 
 
 def score(run: Run, stats: Tensor, scorer: Scorer | None) -> list[str]:
@@ -2565,9 +2577,9 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif choices:
-            kind = {"choices": choices}
+            kind = {"type": field.type, "choices": choices}
         else:
-            read = field.type if low is None else number_between(field.type, low, high)
+            read = str if field.type is str else number_between(field.type, low, high)
             kind = {"type": read, "metavar": "N" if field.type is int else "X"}
         text = f"{help} (default: {field.default})".replace("%", "%%")  # argparse formats it
         group.add_argument(flag(field.name), help=text, **kind)

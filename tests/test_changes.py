@@ -363,6 +363,63 @@ def test_a_setting_takes_one_line(
     assert "from another version of this program" in capsys.readouterr().err
 
 
+def test_choices_can_be_numbers_and_a_range_can_have_one_end(
+    change: Callable[[Edits], ModuleType], flags: list[str], capsys: pytest.CaptureFixture[str]
+):
+    updates = '    updates: int = setting(1, "of the discriminator", choices=(1, 2))\n'
+    margin = '    margin: int = setting(3, "of the loss", high=5)\n'
+    program = change({SETTING: updates + margin + SETTING})
+    assert program.main([*flags, "--epochs", "1", "--updates", "2", "--margin", "-7"]) == 0
+    assert (saved()["settings"]["updates"], saved()["settings"]["margin"]) == (2, -7)
+    for wrong in (["--updates", "3"], ["--margin", "9"]):
+        assert program.main([*flags, *wrong]) == 2
+        assert wrong[0] in capsys.readouterr().err
+
+
+def test_an_edit_of_the_images_that_are_trained_on_leaves_the_scores_as_they_are(
+    change: Callable[[Edits], ModuleType],
+):
+    digits = batch()[0].squeeze(1).mul(100).byte()
+    judged = []
+    for scale in ("127.5 - 1", "255"):
+        program = change(
+            {
+                "    return digits.unsqueeze(1).float() / 127.5 - 1\n": (
+                    f"    return digits.unsqueeze(1).float() / {scale}\n"
+                )
+            }
+        )
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            judged.append(program.Classifier().eval().judge(digits)[0])
+    assert torch.equal(*judged)
+
+
+def test_what_a_generator_without_tanh_draws_too_bright_or_too_dark_stays_white_or_black(
+    change: Callable[[Edits], ModuleType],
+):
+    program = change({"            nn.Tanh(),  # (n, 1, 28, 28)\n": ""})
+    generator = program.Generator(8, 4).apply(program.weights_init)
+    generator.layers[-1].weight.data.mul_(10_000)
+    z = batch()[1]
+    images = generator(z).squeeze(1)
+    digits = program.draw(generator, z)
+    assert set(digits[images > 1].tolist()) == {255}
+    assert set(digits[images < -1].tolist()) == {0}
+
+
+def test_a_dry_run_does_not_go_well_if_a_picture_cannot_be_drawn(
+    change: Callable[[Edits], ModuleType], flags: list[str], capsys: pytest.CaptureFixture[str]
+):
+    timeline = "    TIMELINE: lambda run: png("
+    program = change({timeline: f'    "new.png": lambda run: png(run.nothing),\n{timeline}'})
+    assert program.main([*flags, "--dry-run"]) == 1
+    printed = capsys.readouterr()
+    assert "cannot draw" in printed.out
+    assert "went well" not in printed.out
+    assert "could not write new.png" in printed.err
+
+
 GRADIENT_IN_THE_LOG = {
     '"fake_out_before", "fake_out_after")\n': '"fake_out_before", "fake_out_after", "gap")\n',
     '    " - fake_out: {fake_out_before:.3f}>>{fake_out_after:.3f}"\n': (
