@@ -119,7 +119,7 @@ benchmark.EPOCHS = 1
 benchmark.SAME_TIME_EPOCHS = 2
 benchmark.SEEDS = (0,)
 benchmark.RECORD_SEEDS = (100, 101)
-benchmark.EVALUATED = 100
+benchmark.dcgan_mnist.EVALUATED = 100
 benchmark.STEPS = 1
 benchmark.ROUNDS = 2
 benchmark.main()
