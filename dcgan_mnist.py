@@ -1263,21 +1263,26 @@ class ComparedStep:
         self.gan = gan
         self.step = step
         self.largest = 0.0
-        self.result = "0 (all values are equal)"
+        self.result = "0.0e+00 (nothing differs)"
         self.plain = DCGAN(dataclasses.replace(gan.settings, precision="fp32"), torch.device("cpu"))
         self.gradients: list[list[Tensor]] = []  # on the device, of each update of a step
         self.recorded: list[list[Tensor]] = []  # the same in a CUDA graph, which replays refill
         self.deviations: dict[str, float] = {}
-        for optimizer in (gan.optimizer_d, gan.optimizer_g):
-            optimizer.register_step_pre_hook(self.keep_gradients)
-        for optimizer in (self.plain.optimizer_d, self.plain.optimizer_g):
-            optimizer.register_step_pre_hook(self.compare_gradients)
+        for compared, hook in ((gan, self.keep_gradients), (self.plain, self.compare_gradients)):
+            for part in compared.parts().values():
+                if isinstance(part, torch.optim.Optimizer):
+                    part.register_step_pre_hook(hook)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         parts = self.gan.parts()
         for name, part in self.plain.parts().items():
             part.load_state_dict(copy.deepcopy(parts[name].state_dict()))
-        self.plain.epoch = self.gan.epoch
+        for name, value in vars(self.gan).items():
+            if isinstance(value, (int, float)):  # such as epoch, and what an edit makes of it
+                setattr(self.plain, name, value)
+        weights = dict(named_weights(self.gan))
+        for name, plain in named_weights(self.plain):
+            plain.requires_grad_(weights[name].requires_grad)
         before = {name: weight.detach().clone() for name, weight in named_weights(self.plain)}
         plain_real = real.cpu().clone()
         plain_z = z.cpu().clone()
@@ -1292,8 +1297,8 @@ class ComparedStep:
             draws = not torch.equal(torch.get_rng_state(), random_numbers)
         for name, value, plain in zip(STATS, stats.cpu(), expected, strict=True):
             if name.endswith("loss"):
-                self.compare(name, value, plain, plain.norm())
-        weights = dict(named_weights(self.gan))
+                scale = plain.norm() + 0.1  # a loss may be near 0, as a difference of others
+                self.compare(name, value, plain, scale)
         for name, plain in named_weights(self.plain):
             update = plain - before[name]
             scale = update.norm() + 1e-3 * plain.norm()  # rounding hides very small updates
@@ -1323,7 +1328,7 @@ class ComparedStep:
             raise Failure("the same step, taken again, has more updates: see training_step")
         names = {weight: name for name, weight in named_weights(self.plain)}
         weights = with_gradient(optimizer)
-        largest = max(weight.grad.norm() for weight in weights)
+        largest = max((weight.grad.norm() for weight in weights), default=0.0)
         for weight, gradient in zip(weights, self.gradients.pop(0), strict=True):
             plain = weight.grad
             weight.grad = gradient.cpu()
@@ -1405,8 +1410,10 @@ def stacked(pictures: list[Image.Image]) -> Image.Image:
     return Image.fromarray(np.vstack([np.asarray(picture) for picture in pictures]))
 
 
-def curves(stats: dict[str, Tensor], scores: dict[str, Tensor]) -> Image.Image:
-    """Plot the STATS of a run, each (steps,), and the FD among its scores, each (epochs,)."""
+def curves(
+    stats: dict[str, Tensor], scores: dict[str, Tensor], steps_of_epochs: list[int]
+) -> Image.Image:
+    """Plot the STATS of a run, each (steps,), and at the end of each epoch the FD of its scores."""
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -1428,8 +1435,8 @@ def curves(stats: dict[str, Tensor], scores: dict[str, Tensor]) -> Image.Image:
         plot(panels[-1], "mean output", ("true_out", "fake_out_before", "fake_out_after"))
         panels[-1].set(xlabel=f"step (mean of {group})", ylim=(0, 1))
         if scored:
-            length = steps // len(scores["fd"])  # of an epoch
-            panels[1].plot(range(length, steps + 1, length), scores["fd"], marker=".", label="fd")
+            ends = np.cumsum(steps_of_epochs)
+            panels[1].plot(ends, scores["fd"], marker=".", label="fd")
             panels[1].set(ylabel="Frechet distance to real digits", yscale="log")
         for panel in panels:
             panel.grid(alpha=0.3, which="both")
@@ -1698,6 +1705,7 @@ class Run:
         order = order_of_epoch(digits, gan.settings.seed, epoch=1)
         self.real = digits[order[:SAMPLES]]  # those that training sees first
         self.epochs = epochs  # how many it is to have in the end
+        self.steps: list[int] = []  # of each epoch
         self.stats = {name: torch.empty(0) for name in STATS}  # of each step (steps,)
         self.scores = {name: torch.empty(0) for name in SCORES}  # of each epoch; NaN: not scored
         self.packed_samples: list[Tensor] = []  # of each epoch, compressed
@@ -1717,6 +1725,7 @@ class Run:
 
     def add(self, stats: Tensor, scores: dict[str, float]) -> None:
         """Add an epoch with its STATS (steps, 5), its SCORES if any, and samples."""
+        self.steps.append(len(stats))
         columns = dict(zip(STATS, stats.cpu().T, strict=True))
         for name, before in self.stats.items():
             column = columns.get(name, torch.full((len(stats),), math.nan))
@@ -1738,13 +1747,12 @@ class Run:
 
         The names of the columns stand above the first epoch.
         """
-        steps = len(self.stats["ds_loss"]) // self.gan.epoch
-        numbers = torch.arange((first_epoch - 1) * steps, self.gan.epoch * steps)
-        columns = {"epoch": numbers // steps + 1, "step": numbers % steps + 1}
-        columns |= {name: column[numbers] for name, column in self.stats.items()}
-        columns |= {name: column[numbers // steps] for name, column in self.scores.items()}
+        epochs = torch.arange(len(self.steps)).repeat_interleave(torch.tensor(self.steps))
+        step = torch.cat([torch.arange(count) for count in self.steps])
+        columns = {"epoch": epochs + 1, "step": step + 1, **self.stats}
+        columns |= {name: column[epochs] for name, column in self.scores.items()}
         names = ",".join(columns) if first_epoch == 1 else ""
-        rows = torch.column_stack(list(columns.values()))
+        rows = torch.column_stack(list(columns.values()))[columns["epoch"] >= first_epoch]
         buffer = io.BytesIO()
         np.savetxt(buffer, rows, "%.6g", ",", header=names, comments="")
         return buffer.getvalue()
@@ -1763,7 +1771,7 @@ class Run:
         """Return all that is needed to go on exactly."""
         parts = {name: part.state_dict() for name, part in self.gan.parts().items()}
         kept = {name: getattr(self, name) for name in KEPT}
-        return {**self.header(), **parts, **kept}
+        return {**self.header(), **parts, **kept, "steps": self.steps}
 
     def restore(self, checkpoint: dict, path: Path) -> None:
         """Go back to where a checkpoint was made. STATS and SCORES that it lacks are NaN."""
@@ -1773,6 +1781,8 @@ class Run:
             self.packed_samples = checkpoint["packed_samples"]
             self.stats = with_columns(STATS, checkpoint["stats"])
             self.scores = with_columns(SCORES, checkpoint["scores"])
+            equal = [len(self.stats["ds_loss"]) // self.gan.epoch] * self.gan.epoch
+            self.steps = checkpoint.get("steps", equal)  # older files have epochs of one length
             self.table_bytes = len(self.table())
 
 
@@ -1791,7 +1801,7 @@ PICTURES: dict[str, Callable[[Run], bytes]] = {  # anew after each epoch
     "real_samples.png": lambda run: png(grid(run.real)),
     TIMELINE: lambda run: png(stacked(stages(run.samples, run.gan.epoch, run.real))),
     "training.gif": lambda run: animation(stages(run.samples, run.gan.epoch, run.real)),
-    "loss_curve.png": lambda run: png(curves(run.stats, run.scores)),
+    "loss_curve.png": lambda run: png(curves(run.stats, run.scores, run.steps)),
 }
 FILES = (CHECKPOINT, BEST, HISTORY, *PICTURES)
 FILES += (GENERATED, GENERATED_DIGITS, INTERPOLATION, SCORE, NEAREST)

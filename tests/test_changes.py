@@ -166,6 +166,49 @@ TRAINING: dict[str, Edits] = {
 }
 
 
+DISCRIMINATOR = (
+    "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n"
+)
+STEP = "                stats[i] = step(real, z)\n"
+SCHEDULES: dict[str, Edits] = {
+    "noise that fades": {
+        "        self.epoch = 0  # epochs done\n": (
+            "        self.epoch = 0\n        self.sigma = 1.0\n"
+        ),
+        STEP: f"                gan.sigma = 0.1**gan.epoch\n{STEP}",
+        "        on_real = gan.discriminator.logits(real)  # (n,)\n": (
+            "        noisy = real + gan.sigma * torch.randn_like(real)\n"
+            "        on_real = gan.discriminator.logits(noisy)\n"
+        ),
+    },
+    "a layer that is frozen in the first epoch": {
+        STEP: f"                gan.discriminator.layers[0].requires_grad_(gan.epoch > 0)\n{STEP}"
+    },
+    "an encoder whose optimiser updates the generator too": {
+        DISCRIMINATOR: (
+            f"{DISCRIMINATOR}"
+            "            self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))\n"
+        ),
+        "        self.settings = settings\n        self.device = device\n": (
+            "        weights = [*self.encoder.parameters(), *self.generator.parameters()]\n"
+            "        self.optimizer_e = adam(weights)\n"
+            "        self.settings = settings\n        self.device = device\n"
+        ),
+        '            "average": self.average,\n': (
+            '            "average": self.average,\n            "encoder": self.encoder,\n'
+            '            "optimizer_e": self.optimizer_e,\n'
+        ),
+        "    outputs = [logits.sigmoid()": (
+            "    gan.optimizer_e.zero_grad()\n"
+            "    made = gan.generator(noises[0])\n"
+            "    (gan.encoder(made) - noises[0].flatten(1)).square().mean().backward()\n"
+            "    gan.optimizer_e.step()\n"
+            "    outputs = [logits.sigmoid()"
+        ),
+    },
+}
+
+
 @pytest.fixture
 def change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Edits], ModuleType]:
     """Return a function that makes edits in a copy of the program and imports it."""
@@ -242,6 +285,44 @@ def test_another_way_to_train_goes_on_exactly(
     program = change(TRAINING[edit])
     assert_trains_draws_and_goes_on_exactly(program, flags)
     assert program.main([*flags, "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("edit", SCHEDULES)
+def test_what_changes_from_epoch_to_epoch_raises_no_false_alarm(
+    change: Callable[[Edits], ModuleType], flags: list[str], edit: str
+):
+    program = change(SCHEDULES[edit])
+    assert program.main([*flags, "--dry-run", "--precision", "fp32"]) == 0
+    assert_trains_draws_and_goes_on_exactly(program, flags)
+
+
+def test_a_loss_that_cancels_out_raises_no_false_alarm(
+    change: Callable[[Edits], ModuleType], flags: list[str]
+):
+    wasserstein = {
+        DS_LOSS: "    ds_loss = on_fake.mean() - on_real.mean()\n",
+        GN_LOSS: "    loss = -on_fake.mean()\n",
+    }
+    program = change(wasserstein)
+    for seed in range(5):
+        assert program.main([*flags, "--dry-run", "--precision", "bf16", "--seed", str(seed)]) == 0
+
+
+def test_the_table_tells_epochs_of_different_lengths_apart(
+    change: Callable[[Edits], ModuleType], flags: list[str]
+):
+    program = change(
+        {
+            "    return order.to(digits.device)\n": (
+                "    return order[: 20 * epoch].to(digits.device)\n"
+            )
+        }
+    )
+    assert_trains_draws_and_goes_on_exactly(program, flags)
+    assert program.main([*flags, "--epochs", "3", "--resume"]) == 0
+    rows = [line.split(",")[:2] for line in Path("result/history.csv").read_text().splitlines()]
+    expected = [("1", "1"), ("2", "1"), ("2", "2"), ("3", "1"), ("3", "2"), ("3", "3")]
+    assert [tuple(row) for row in rows[1:]] == expected
 
 
 @pytest.mark.few(1)

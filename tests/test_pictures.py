@@ -27,7 +27,6 @@ from dcgan_mnist import (
     SCORES,
     STATS,
     animation,
-    curves,
     draw,
     grid,
     load_weights,
@@ -61,6 +60,12 @@ def panels(picture: Image.Image) -> int:
     """Return how many panels a picture of curves has: frames with long black lines."""
     black = (np.asarray(picture.convert("L")) < 64).sum(axis=1) > picture.width / 2
     return int((np.diff(black.astype(int)) > 0).sum()) // 2  # each has one above and one below
+
+
+def curves(stats: dict[str, torch.Tensor], scores: dict[str, torch.Tensor]) -> Image.Image:
+    """Draw the curves of a run whose epochs have the same number of steps."""
+    epochs = len(scores["fd"])
+    return dcgan_mnist.curves(stats, scores, [len(stats["ds_loss"]) // epochs] * epochs)
 
 
 # -------------------------------------- the pictures of a run -------------------------------------
