@@ -391,6 +391,19 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
     return network.to(device=device)  # on mps, BatchNorm's gradients are wrong in channels_last
 
 
+def load_state(part: nn.Module | torch.optim.Optimizer, state: dict) -> None:
+    """Load a network or an optimiser, also if it comes from a device with another memory layout.
+
+    Fused optimisers give wrong weights unless all that they keep lies in memory as the weights do.
+    """
+    part.load_state_dict(state)
+    if isinstance(part, torch.optim.Optimizer):
+        for weight, kept in part.state.items():
+            for name, value in kept.items():
+                if torch.is_tensor(value) and value.shape == weight.shape:
+                    kept[name] = torch.empty_like(weight).copy_(value)
+
+
 class DCGAN:
     """Both networks and their optimisers, and the averaged generator, which draws all digits."""
 
@@ -1276,7 +1289,7 @@ class ComparedStep:
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         parts = self.gan.parts()
         for name, part in self.plain.parts().items():
-            part.load_state_dict(copy.deepcopy(parts[name].state_dict()))
+            load_state(part, copy.deepcopy(parts[name].state_dict()))
         for name, value in vars(self.gan).items():
             if isinstance(value, (int, float)):  # such as epoch, and what an edit makes of it
                 setattr(self.plain, name, value)
@@ -1331,7 +1344,7 @@ class ComparedStep:
         largest = max((weight.grad.norm() for weight in weights), default=0.0)
         for weight, gradient in zip(weights, self.gradients.pop(0), strict=True):
             plain = weight.grad
-            weight.grad = gradient.cpu()
+            weight.grad = torch.empty_like(weight).copy_(gradient)  # in its own memory layout
             if plain.norm() > 1e-4 * largest:
                 scale = plain.norm() + 0.1 * largest
                 of = names.get(weight, "another network")
@@ -2091,7 +2104,7 @@ def load_weights(
                 if kinds(content["param_groups"]) != kinds(groups):
                     raise ValueError(f"{name} is of another kind")
                 content = {"state": content["state"], "param_groups": groups}
-            part.load_state_dict(content)
+            load_state(part, content)
 
 
 def kinds(groups: list[dict]) -> list[tuple]:

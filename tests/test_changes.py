@@ -296,6 +296,19 @@ def test_what_changes_from_epoch_to_epoch_raises_no_false_alarm(
     assert_trains_draws_and_goes_on_exactly(program, flags)
 
 
+def test_gradients_in_another_memory_layout_than_the_weights_are_found_by_a_dry_run(
+    change: Callable[[Edits], ModuleType], flags: list[str], capsys: pytest.CaptureFixture[str]
+):
+    step = "    gan.optimizer_g.step()\n"
+    assign = (
+        "    for weight in gan.generator.parameters():\n"
+        "        weight.grad = weight.grad.contiguous()\n"
+    )
+    program = change({step: assign + step})
+    assert program.main([*flags, "--dry-run", "--precision", "fp32"]) == 1
+    assert "the update of generator" in capsys.readouterr().err
+
+
 def test_a_loss_that_cancels_out_raises_no_false_alarm(
     change: Callable[[Edits], ModuleType], flags: list[str]
 ):

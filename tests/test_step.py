@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,41 @@ def test_a_network_gets_the_fastest_layout_of_its_device_that_is_right(
     how = dcgan_mnist.place(Moved(), torch.device(device)).how
     assert how["device"] == torch.device(device)
     assert how.get("memory_format") is layout  # on mps, channels_last would give wrong gradients
+
+
+@pytest.fixture
+def gan_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> dcgan_mnist.DCGAN:
+    """Networks on the CPU in the memory layout that they have on mps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dcgan_mnist, "place", lambda network, device: network.to(device))
+        return new_gan(lr=0.01)
+
+
+def test_a_run_that_was_begun_on_a_mac_goes_on_elsewhere_as_it_is_written(
+    gan_of_a_mac: dcgan_mnist.DCGAN,
+):
+    for _ in range(2):
+        training_step(gan_of_a_mac, *batch())
+    kept = {name: part.state_dict() for name, part in gan_of_a_mac.parts().items()}
+    gone_on = new_gan(lr=0.01)
+    dcgan_mnist.load_weights(gone_on.parts(), copy.deepcopy(kept), Path("checkpoint.pt"))
+    for gan in (gan_of_a_mac, gone_on):
+        training_step(gan, *batch())
+    for name in ("generator", "discriminator"):
+        there = parameters(getattr(gan_of_a_mac, name))
+        here = parameters(getattr(gone_on, name))
+        for one, other in zip(there, here, strict=True):
+            if one.dim() == 4:  # gradients of biases before BatchNorm are rounding
+                assert (one - other).abs().mean() < 1e-4
+
+
+def test_a_device_with_another_memory_layout_raises_no_false_alarm(
+    gan_of_a_mac: dcgan_mnist.DCGAN,
+):
+    step = dcgan_mnist.ComparedStep(gan_of_a_mac, partial(training_step, gan_of_a_mac))
+    for _ in range(3):
+        step(*batch())
+    assert step.largest < 0.01
 
 
 def test_making_networks_touches_no_random_state_of_the_caller(seeds_of_gpus: list[int]):
