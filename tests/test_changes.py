@@ -312,13 +312,9 @@ def test_gradients_in_another_memory_layout_than_the_weights_are_found_by_a_dry_
 def test_a_loss_that_cancels_out_raises_no_false_alarm(
     change: Callable[[Edits], ModuleType], flags: list[str]
 ):
-    wasserstein = {
-        DS_LOSS: "    ds_loss = on_fake.mean() - on_real.mean()\n",
-        GN_LOSS: "    loss = -on_fake.mean()\n",
-    }
-    program = change(wasserstein)
-    for seed in range(5):
-        assert program.main([*flags, "--dry-run", "--precision", "bf16", "--seed", str(seed)]) == 0
+    nearly_zero = "    ds_loss = ds_loss - ds_loss.detach().round(decimals=4)\n"
+    program = change({DS_LOSS: DS_LOSS + nearly_zero})
+    assert program.main([*flags, "--dry-run", "--precision", "bf16"]) == 0
 
 
 def test_the_table_tells_epochs_of_different_lengths_apart(
