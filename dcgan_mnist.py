@@ -56,6 +56,7 @@ says which files are written, and when.
 """
 
 import argparse
+import atexit
 import copy
 import dataclasses
 import errno
@@ -238,7 +239,7 @@ def setting(
     *,
     low: float = -math.inf,
     high: float = math.inf,
-    choices: Sequence[str] = (),
+    choices: Sequence[object] = (),
 ) -> Any:
     """Return a field of Settings that has a flag with this help, and either a range or choices."""
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
@@ -546,7 +547,7 @@ def draw(generator: nn.Module, z: Tensor, precision: str = "fp32") -> Tensor:
     with seeded(0, device):
         for part in z.split(100):  # a few at a time, for little memory
             with autocast(device, precision):
-                images = generator(part.to(device)).squeeze(1)  # in [-1, 1]
+                images = generator(part.to(device)).squeeze(1)  # in [-1, 1], if it ends with Tanh
             digits.append(((images + 1) * 127.5).round().clamp(0, 255).byte().cpu())
     return torch.cat(digits)
 
@@ -592,7 +593,7 @@ def train_epochs(
                 count = settings.generator_steps * len(real)
                 z = sample_noise(count, settings.latent_dim, stream)
                 stats[i] = step(real, z)
-                gan.update_average(gan.epoch * len(batches) + i + 1)
+                gan.update_average(gan.epoch * len(batches) + i + 1)  # epochs are of one length
                 if i % log_every == 0:  # within an epoch, the CPU waits for a GPU only here
                     check_finite(gan, stats[: i + 1], title)
                     values = dict(zip(STATS, stats[i].tolist(), strict=True))
@@ -639,7 +640,7 @@ def explained(
 ) -> Iterator[None]:
     """Turn errors into a Failure that says what failed, why, and what to do.
 
-    Errors of the machine stay as they are: they tell nothing of what was tried.
+    Errors of the machine stay as they are: a file is not damaged because memory is used up.
     """
     try:
         yield
@@ -982,7 +983,7 @@ def pick_device(name: str) -> torch.device:
     }
     kind = next(device for device in there if there[device]) if name == "auto" else name
     if not there[kind]:
-        missing = f"this machine has no {kind}, or its PyTorch cannot use it"
+        missing = f"this machine has no {kind}, or it cannot be used here"
         raise WrongInput(f"argument --device: {missing}; cpu always works")
     device = torch.device(kind)
     if kind == "cuda":
@@ -1266,8 +1267,8 @@ class ComparedStep:
     """A training step that raises Failure if it computes something else than what is written.
 
     Each step is taken once more: in fp32 on the CPU, by the layers as they are, from the same
-    weights, digits and noise. Compared are the losses, the gradients of both networks, and their
-    updated weights. The plain optimisers are given the device's gradients, for Adam turns small
+    weights, digits and noise. Compared are the losses, the gradients that optimisers take, and the
+    updated weights of both networks. The plain optimisers are given the device's gradients, for Adam turns small
     differences of gradients into large ones of weights. ``largest`` is the largest relative
     deviation so far, ``result`` what a dry run prints of it.
     """
@@ -1290,12 +1291,12 @@ class ComparedStep:
         parts = self.gan.parts()
         for name, part in self.plain.parts().items():
             load_state(part, copy.deepcopy(parts[name].state_dict()))
+            if isinstance(part, nn.Module):
+                for plain, weight in zip(part.parameters(), parts[name].parameters(), strict=True):
+                    plain.requires_grad_(weight.requires_grad)
         for name, value in vars(self.gan).items():
             if isinstance(value, (int, float)):  # such as epoch, and what an edit makes of it
                 setattr(self.plain, name, value)
-        weights = dict(named_weights(self.gan))
-        for name, plain in named_weights(self.plain):
-            plain.requires_grad_(weights[name].requires_grad)
         before = {name: weight.detach().clone() for name, weight in named_weights(self.plain)}
         plain_real = real.cpu().clone()
         plain_z = z.cpu().clone()
@@ -1312,6 +1313,7 @@ class ComparedStep:
             if name.endswith("loss"):
                 scale = plain.norm() + 0.1  # a loss may be near 0, as a difference of others
                 self.compare(name, value, plain, scale)
+        weights = dict(named_weights(self.gan))
         for name, plain in named_weights(self.plain):
             update = plain - before[name]
             scale = update.norm() + 1e-3 * plain.norm()  # rounding hides very small updates
@@ -1361,7 +1363,7 @@ class ComparedStep:
         precision = self.gan.settings.precision
         where = f"{self.gan.device.type} in {precision}"
         flags = []
-        if self.gan.device.type == "cuda":
+        if isinstance(self.step, GraphedStep):
             flags.append("--graph off")
         if precision == "bf16":
             flags.append("--precision fp32")
@@ -1899,7 +1901,7 @@ class RunFolder:
                 probe.unlink(missing_ok=True)
             for path in self.path.glob(".*.tmp"):
                 match = re.fullmatch(r"\.+(.+?)(?:\.[0-9a-f]{32}\.tmp)+", path.name)
-                with suppress(OSError):  # another command or user may have it
+                with suppress(OSError):  # another command may be cleaning, or another user own it
                     if match and is_ours(match[1]) and time.time() - path.stat().st_mtime > 3600:
                         path.unlink()
 
@@ -2827,7 +2829,7 @@ def run_script() -> NoReturn:
         code = main(sys.argv[1:])
         if code == NO_READER:  # or Python complains at exit of what it cannot print
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    gc.freeze()  # or Python takes half a second to look for garbage before it exits
+    atexit.register(gc.freeze)  # or Python takes half a second to look for garbage as it exits
     sys.exit(code)
 
 

@@ -194,7 +194,7 @@ def torchrun(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     monkeypatch.setenv("MASTER_PORT", "29500")
 
 
-def test_processes_on_a_mac_compute_on_its_cpu_for_they_cannot_share_gradients_on_mps(
+def test_processes_on_a_mac_compute_on_its_cpu_because_mps_cannot_share_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ):
     let_devices_compute(monkeypatch)

@@ -265,6 +265,13 @@ def test_curves_show_the_distance_of_every_epoch_of_a_run_of_any_length():
     assert len(pictures) == 6
 
 
+def test_the_distance_of_an_epoch_stands_at_its_last_step():
+    stats = figures(0.5, repeat=40)
+    scores = distances(20.0, 10.0)
+    pictures = [dcgan_mnist.curves(stats, scores, steps) for steps in ([20, 20], [5, 35])]
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("fds", "expected"),
