@@ -1268,9 +1268,9 @@ class ComparedStep:
 
     Each step is taken once more: in fp32 on the CPU, by the layers as they are, from the same
     weights, digits and noise. Compared are the losses, the gradients that optimisers take, and the
-    updated weights of both networks. The plain optimisers are given the device's gradients, for Adam turns small
-    differences of gradients into large ones of weights. ``largest`` is the largest relative
-    deviation so far, ``result`` what a dry run prints of it.
+    updated weights of both networks. The plain optimisers are given the device's gradients, for
+    Adam turns small differences of gradients into large ones of weights. ``largest`` is the largest
+    relative deviation so far, ``result`` what a dry run prints of it.
     """
 
     def __init__(self, gan: DCGAN, step: Step) -> None:
