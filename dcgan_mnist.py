@@ -464,6 +464,14 @@ class DCGAN:
             "optimizer_d": self.optimizer_d,
         }
 
+    def networks(self) -> list[nn.Module]:
+        """Return all networks among the parts."""
+        return [part for part in self.parts().values() if isinstance(part, nn.Module)]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return all optimisers among the parts."""
+        return [part for part in self.parts().values() if isinstance(part, torch.optim.Optimizer)]
+
 
 # The numbers of a step, in the order in which training_step returns them, and their log line. ds is
 # the discriminator, gn the generator; true_out is the mean of D(x), fake_out that of D(G(z)) before
@@ -1119,11 +1127,8 @@ class GraphedStep:
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
         self.replay: Step | None = None  # full batches only: a graph has fixed shapes
-        parts = gan.parts().values()
-        self.networks = [part for part in parts if isinstance(part, nn.Module)]
-        self.optimizers = [part for part in parts if isinstance(part, torch.optim.Optimizer)]
         # an optimiser creates its state in its first step
-        self.have_begun = all(optimizer.state for optimizer in self.optimizers)
+        self.have_begun = all(optimizer.state for optimizer in gan.optimizers())
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         if len(real) < self.gan.settings.batch_size or not self.have_begun:
@@ -1136,9 +1141,10 @@ class GraphedStep:
 
     def warm_up(self, real: Tensor, z: Tensor) -> None:
         """Take steps until all that a step needs is allocated; put back what they change."""
-        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        optimizers = self.gan.optimizers()
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
         tensors = [value for state in states for value in state.values() if torch.is_tensor(value)]
-        for network in self.networks:
+        for network in self.gan.networks():
             tensors += [*network.parameters(), *network.buffers()]
         before = [(tensor, tensor.clone()) for tensor in tensors]
         with torch.random.fork_rng([self.gan.device]):
@@ -1214,8 +1220,8 @@ class SharedStep:
 
     def __init__(self, gan: DCGAN) -> None:
         self.gan = gan
-        for network in gan.parts().values():
-            if not isinstance(network, nn.Module) or network is gan.average:  # it is not trained
+        for network in gan.networks():
+            if network is gan.average:  # it is not trained
                 continue
             if gan.device.type == "cuda":  # BatchNorm's statistics are then of the whole batch
                 nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -1282,18 +1288,18 @@ class ComparedStep:
         self.gradients: list[list[Tensor]] = []  # on the device, of each update of a step
         self.recorded: list[list[Tensor]] = []  # the same in a CUDA graph, which replays refill
         self.deviations: dict[str, float] = {}
-        for compared, hook in ((gan, self.keep_gradients), (self.plain, self.compare_gradients)):
-            for part in compared.parts().values():
-                if isinstance(part, torch.optim.Optimizer):
-                    part.register_step_pre_hook(hook)
+        for optimizer in gan.optimizers():
+            optimizer.register_step_pre_hook(self.keep_gradients)
+        for optimizer in self.plain.optimizers():
+            optimizer.register_step_pre_hook(self.compare_gradients)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
         parts = self.gan.parts()
         for name, part in self.plain.parts().items():
             load_state(part, copy.deepcopy(parts[name].state_dict()))
-            if isinstance(part, nn.Module):
-                for plain, weight in zip(part.parameters(), parts[name].parameters(), strict=True):
-                    plain.requires_grad_(weight.requires_grad)
+        for plain, network in zip(self.plain.networks(), self.gan.networks(), strict=True):
+            for copied, weight in zip(plain.parameters(), network.parameters(), strict=True):
+                copied.requires_grad_(weight.requires_grad)
         for name, value in vars(self.gan).items():
             if isinstance(value, (int, float)):  # such as epoch, and what an edit makes of it
                 setattr(self.plain, name, value)
@@ -1762,12 +1768,16 @@ class Run:
 
         The names of the columns stand above the first epoch.
         """
-        epochs = torch.arange(len(self.steps)).repeat_interleave(torch.tensor(self.steps))
-        step = torch.cat([torch.arange(count) for count in self.steps])
-        columns = {"epoch": epochs + 1, "step": step + 1, **self.stats}
-        columns |= {name: column[epochs] for name, column in self.scores.items()}
+        counts = self.steps[first_epoch - 1 :]
+        first_step = sum(self.steps[: first_epoch - 1])
+        epochs = torch.arange(first_epoch, len(self.steps) + 1)
+        epoch = epochs.repeat_interleave(torch.tensor(counts))
+        step = torch.cat([torch.arange(1, count + 1) for count in counts])
+        columns = {"epoch": epoch, "step": step}
+        columns |= {name: column[first_step:] for name, column in self.stats.items()}
+        columns |= {name: column[epoch - 1] for name, column in self.scores.items()}
         names = ",".join(columns) if first_epoch == 1 else ""
-        rows = torch.column_stack(list(columns.values()))[columns["epoch"] >= first_epoch]
+        rows = torch.column_stack(list(columns.values()))
         buffer = io.BytesIO()
         np.savetxt(buffer, rows, "%.6g", ",", header=names, comments="")
         return buffer.getvalue()

@@ -46,6 +46,9 @@ DS_LOSS = (
     "+ bce(on_fake, torch.zeros_like(on_fake))\n"
 )
 GN_LOSS = "    loss = bce(on_fake, torch.ones_like(on_fake))\n"
+DISCRIMINATOR = (
+    "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n"
+)
 Edits = dict[str, str]
 
 
@@ -123,9 +126,8 @@ TRAINING: dict[str, Edits] = {
         "            capturable=True,  # so that a CUDA graph can record it\n": "",
     },
     "another network": {
-        "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n": (
-            "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n"
-            "            self.q = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))\n"
+        DISCRIMINATOR: (
+            f"{DISCRIMINATOR}            self.q = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))\n"
         ),
         "        self.settings = settings\n        self.device = device\n": (
             "        self.optimizer_q = adam(self.q.parameters())\n"
@@ -143,9 +145,8 @@ TRAINING: dict[str, Edits] = {
         ),
     },
     "another network, of the generator's optimiser": {
-        "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n": (
-            "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n"
-            "            self.q = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))\n"
+        DISCRIMINATOR: (
+            f"{DISCRIMINATOR}            self.q = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))\n"
         ),
         "        self.optimizer_g = adam(self.generator.parameters())\n": (
             "        weights = [*self.generator.parameters(), *self.q.parameters()]\n"
@@ -166,9 +167,6 @@ TRAINING: dict[str, Edits] = {
 }
 
 
-DISCRIMINATOR = (
-    "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n"
-)
 STEP = "                stats[i] = step(real, z)\n"
 SCHEDULES: dict[str, Edits] = {
     "noise that fades": {
@@ -339,8 +337,8 @@ def test_the_table_tells_epochs_of_different_lengths_apart(
 def test_a_frozen_layer_stays_as_it_is(
     change: Callable[[Edits], ModuleType], flags: list[str], name: str
 ):
-    freeze = "            self.discriminator = Discriminator(settings.width).apply(weights_init)\n"
-    program = change({freeze: f"{freeze}            self.{name}.layers[0].requires_grad_(False)\n"})
+    freeze = f"            self.{name}.layers[0].requires_grad_(False)\n"
+    program = change({DISCRIMINATOR: DISCRIMINATOR + freeze})
     assert_trains_draws_and_goes_on_exactly(program, flags)
     assert program.main([*flags, "--dry-run"]) == 0
     weights = saved()[name]

@@ -476,8 +476,8 @@ def run_of(folder: Path) -> Path:
 
 def epochs_done(folder: Path) -> int:
     """Return how many epochs of a run in a folder are saved."""
-    folder = folder / "result"
-    return saved(folder)["epoch"] if (folder / "checkpoint.pt").exists() else 0
+    run = run_of(folder)
+    return saved(run)["epoch"] if (run / "checkpoint.pt").exists() else 0
 
 
 @pytest.mark.few(1)
