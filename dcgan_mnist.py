@@ -58,6 +58,7 @@ says which files are written, and when.
 import argparse
 import atexit
 import copy
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -68,6 +69,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import signal
@@ -2833,8 +2835,21 @@ def own_process() -> Iterator[None]:
         yield
 
 
+def keep_freed_memory() -> None:
+    """Let glibc, on Linux, keep what a training step frees for the next one.
+
+    It otherwise gives memory back to the system, which clears it before it is used again.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**30)  # bytes that it keeps
+        libc.mallopt(mmap_threshold, 2**25)  # bytes of the largest piece; glibc takes no more
+
+
 def run_script() -> NoReturn:
     """Run this process's command line."""
+    keep_freed_memory()
     with own_process():
         code = main(sys.argv[1:])
         if code == NO_READER:  # or Python complains at exit of what it cannot print

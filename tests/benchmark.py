@@ -74,30 +74,33 @@ def textbook_loop(
     discriminator: nn.Module,
     settings: Settings,
     device: torch.device,
+    on_logits: bool = False,
 ) -> Iterator[None]:
-    """Train two networks as tutorials do; stop at each step."""
+    """Train two networks as tutorials do, with the loss on probabilities; stop at each step."""
     scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     loader = DataLoader(BundledDigits(scale), batch_size=settings.batch_size, shuffle=True)
     adam = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2)}
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
-    criterion = nn.BCELoss()
+    judge, criterion = discriminator, nn.BCELoss()
+    if on_logits:
+        judge, criterion = discriminator.logits, nn.BCEWithLogitsLoss()
     while True:
         for batch, _ in loader:
             real = batch.to(device)
             ones = torch.ones(len(real), device=device)
             zeros = torch.zeros(len(real), device=device)
             discriminator.zero_grad()
-            on_real = discriminator(real)
+            on_real = judge(real)
             loss_real = criterion(on_real, ones)
             loss_real.backward()
             noise = torch.randn(len(real), settings.latent_dim, 1, 1, device=device)
             fake = generator(noise)
-            loss_fake = criterion(discriminator(fake.detach()), zeros)
+            loss_fake = criterion(judge(fake.detach()), zeros)
             loss_fake.backward()
             optimizer_d.step()
             generator.zero_grad()
-            loss_g = criterion(discriminator(fake), ones)
+            loss_g = criterion(judge(fake), ones)
             loss_g.backward()
             optimizer_g.step()
             for figure in (loss_real + loss_fake, loss_g, on_real.mean()):
@@ -194,7 +197,9 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def train_textbook(path: Path, settings: Settings, epochs: int, device: torch.device) -> None:
+def train_textbook(
+    path: Path, settings: Settings, epochs: int, device: torch.device, on_logits: bool
+) -> None:
     """Train the textbook loop; save its generator, and one with its weights averaged.
 
     It is a command of its own, so that it is timed from launch to exit like the program.
@@ -202,7 +207,7 @@ def train_textbook(path: Path, settings: Settings, epochs: int, device: torch.de
     torch.manual_seed(settings.seed)
     gan = dcgan_mnist.DCGAN(settings, device)  # to average the weights
     gan.generator, discriminator = textbook_networks(settings, device)
-    loop = textbook_loop(gan.generator, discriminator, settings, device)
+    loop = textbook_loop(gan.generator, discriminator, settings, device, on_logits)
     for step in range(1, steps_of(settings, epochs) + 1):
         next(loop)
         gan.update_average(step)
@@ -226,6 +231,7 @@ class Rung:
     epochs: int
     seeds: tuple[int, ...]
     is_textbook: bool = False
+    on_logits: bool = False  # the loss of the textbook loop
     resumes: str = ""  # the name of the rung whose runs this one goes on with
 
     def path(self, folder: Path, seed: int) -> Path:
@@ -241,6 +247,8 @@ class Rung:
             if field.name not in ("recipe", "dry_run"):
                 flags += [dcgan_mnist.flag(field.name), str(getattr(settings, field.name))]
         flags += ["--epochs", str(self.epochs)]
+        if self.on_logits:
+            flags.append("--on-logits")
         if self.is_textbook:
             return [sys.executable, __file__, "--train-textbook", str(path), *flags]
         if self.resumes:
@@ -284,6 +292,7 @@ def rungs_of(sizes: Settings) -> list[Rung]:
     return [
         Rung(TEXTBOOK, sizes, EPOCHS, SEEDS, is_textbook=True),
         Rung("with the record's settings", quick, RECORD_EPOCHS, SEEDS, is_textbook=True),
+        Rung("loss on logits", quick, RECORD_EPOCHS, SEEDS, is_textbook=True, on_logits=True),
         Rung("by this program, fp32", quick, RECORD_EPOCHS, SEEDS),
         Rung(RECORD, quick_bf16, RECORD_EPOCHS, RECORD_SEEDS),
         Rung(ARTICLE, article, EPOCHS, SEEDS),
@@ -363,6 +372,7 @@ def main() -> None:
     parser.add_argument("--to-quality", action="store_true", help=help)
     parser.add_argument("--train-textbook", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--on-logits", action="store_true", help=argparse.SUPPRESS)
     group = parser.add_argument_group("as of the program", argument_default=argparse.SUPPRESS)
     dcgan_mnist.add_training_flags(group)
     parser.add_argument("--precision", default="auto", help=argparse.SUPPRESS)
@@ -374,7 +384,9 @@ def main() -> None:
     device = dcgan_mnist.pick_device("auto")
     if options.train_textbook is not None:
         with dcgan_mnist.computing_on(device):
-            train_textbook(options.train_textbook, settings, options.epochs, device)
+            train_textbook(
+                options.train_textbook, settings, options.epochs, device, options.on_logits
+            )
         return
     if device.type == "cuda":
         name = torch.cuda.get_device_name()

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import mmap
 import os
+import platform
 import re
 import shutil
 import signal
@@ -47,6 +49,37 @@ from dcgan_mnist import (
 )
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+# ---------------------------------------- memory of a step ----------------------------------------
+FAULTS_AFTER_A_COMMAND = """
+import resource
+import sys
+import torch
+import dcgan_mnist
+
+try:
+    dcgan_mnist.run_script()
+except SystemExit:
+    pass
+
+def use_memory():
+    pieces = [torch.ones(2**20) for _ in range(50)]  # 200 MiB
+
+use_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    use_memory()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps the memory")
+def test_what_a_step_frees_is_kept_for_the_next_one():
+    command = [sys.executable, "-c", FAULTS_AFTER_A_COMMAND, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    faults = int(done.stdout.splitlines()[-1])  # pages that the system cleared
+    assert faults < 0.05 * 5 * 200 * 2**20 / mmap.PAGESIZE
 
 
 # ------------------------------------ convolutions as products ------------------------------------

@@ -177,6 +177,8 @@ def test_the_benchmark_prints_the_figures_of_the_record_and_draws_its_picture(sm
         ("textbook loop, averaged", "1", "2"),
         ("with the record's settings", "1", "6"),
         ("with the record's settings, averaged", "1", "6"),
+        ("loss on logits", "1", "6"),
+        ("loss on logits, averaged", "1", "6"),
         ("by this program, fp32", "1", "6"),
         ("in bf16: the record", "2", "6"),
         ("recipe article", "1", "2"),
