@@ -1,7 +1,7 @@
 """How fast the program is, and how soon its digits are good, beside a textbook loop.
 
     python tests/benchmark.py                the speed of a step: two minutes on two cores
-    python tests/benchmark.py --to-quality   from the textbook loop to the record: 90 minutes
+    python tests/benchmark.py --to-quality   from the textbook loop to the record: 60 to 90 minutes
 
 What is compared takes turns, so that drift in the machine's speed affects all of it alike. The
 speed of a step is the median over the rounds. For the ladder, whole commands are timed, from launch
