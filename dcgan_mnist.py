@@ -2841,7 +2841,8 @@ def keep_freed_memory() -> None:
     It otherwise gives memory back to the system, which clears it before it is used again.
     """
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+        trim_threshold = -1  # this and the next one: numbers of settings in malloc.h
+        mmap_threshold = -3
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, 2**30)  # bytes that it keeps
         libc.mallopt(mmap_threshold, 2**25)  # bytes of the largest piece; glibc takes no more

@@ -76,15 +76,21 @@ def textbook_loop(
     device: torch.device,
     on_logits: bool = False,
 ) -> Iterator[None]:
-    """Train two networks as tutorials do, with the loss on probabilities; stop at each step."""
+    """Train two networks as tutorials do; stop at each step.
+
+    The loss is computed from probabilities, as there, or from logits.
+    """
     scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     loader = DataLoader(BundledDigits(scale), batch_size=settings.batch_size, shuffle=True)
     adam = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2)}
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
-    judge, criterion = discriminator, nn.BCELoss()
     if on_logits:
-        judge, criterion = discriminator.logits, nn.BCEWithLogitsLoss()
+        judge = discriminator.logits
+        criterion = nn.BCEWithLogitsLoss()
+    else:
+        judge = discriminator
+        criterion = nn.BCELoss()
     while True:
         for batch, _ in loader:
             real = batch.to(device)
@@ -231,7 +237,7 @@ class Rung:
     epochs: int
     seeds: tuple[int, ...]
     is_textbook: bool = False
-    on_logits: bool = False  # the loss of the textbook loop
+    on_logits: bool = False  # of the textbook loop: how it computes the loss
     resumes: str = ""  # the name of the rung whose runs this one goes on with
 
     def path(self, folder: Path, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""The same step with convolutions as products, as a CUDA graph, and shared by several processes."""
+"""The same step in kept memory, as products of matrices, as a CUDA graph, in several processes."""
 
 import contextlib
 import copy
@@ -27,6 +27,7 @@ from helpers import (
     batch,
     change_steps,
     contents,
+    finished,
     new_gan,
     raising,
     same,
@@ -76,9 +77,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps the memory")
 def test_what_a_step_frees_is_kept_for_the_next_one():
-    command = [sys.executable, "-c", FAULTS_AFTER_A_COMMAND, "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    faults = int(done.stdout.splitlines()[-1])  # pages that the system cleared
+    done = finished([sys.executable, "-c", FAULTS_AFTER_A_COMMAND, "--help"], ROOT)
+    assert done.code == 0, done.err
+    faults = int(done.out.splitlines()[-1])  # pages that the system cleared
     assert faults < 0.05 * 5 * 200 * 2**20 / mmap.PAGESIZE
 
 
