@@ -17,7 +17,7 @@ ones; the generator learns to draw digits that the discriminator takes for real.
 and Chintala (2016), "Unsupervised Representation Learning with Deep Convolutional Generative
 Adversarial Networks", arXiv:1511.06434.
 
-The rooms of this file, from top to bottom. The first five are the algorithm:
+The sections of this file, from top to bottom. The first five are the algorithm:
 
     networks             generator, discriminator, their first weights (weights_init), summaries
     settings             the numbers that shape a run, each with its flag; the recipes
@@ -47,7 +47,7 @@ To change something, go there, and try it with --dry-run:
     how digits become images    to_images; draw, for the way back
     a number in the log         STATS, LOG_LINE and the last lines of training_step, in one order
     a score                     a line in SCORES, a line in Scorer.scores
-    a picture of a run          its function in the room pictures, a line in PICTURES
+    a picture of a run          its function, among the pictures; a line in PICTURES
     a command                   its function, a line in COMMANDS, a flag in add_drawing_flags; the
                                 names of its files in FILES
 
@@ -360,7 +360,7 @@ def order_of_epoch(digits: Tensor, seed: int, epoch: int) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Let torch's default random numbers on the CPU and a device start at a seed, for a while.
+    """In a with block, let torch's default random numbers on CPU and device start at a seed.
 
     All layers take these: for their first weights, or at every call, as dropout does.
     """
@@ -429,6 +429,7 @@ class DCGAN:
         self.settings = settings
         self.device = device
         self.epoch = 0  # epochs done
+        self.steps = 0  # steps done in all epochs
 
     def autocast(self) -> torch.autocast:
         """Return a context in which layers compute in the run's precision."""
@@ -504,7 +505,7 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     printing, no Python number that changes from step to step. With ``--graph off``, it is called as
     it is. It leaves ``real`` and ``z`` as they are. Its random numbers, such as dropout's, are
     torch's default ones, which each epoch seeds; those of numpy are not. A resumed run has only
-    what is in ``DCGAN.parts``, and ``gan.epoch``.
+    what is in ``DCGAN.parts``, ``gan.epoch`` and ``gan.steps``.
     """
     noises = z.split(len(real))  # one (n, latent_dim, 1, 1) for each update of the generator
     with gan.autocast():
@@ -603,7 +604,8 @@ def train_epochs(
                 count = settings.generator_steps * len(real)
                 z = sample_noise(count, settings.latent_dim, stream)
                 stats[i] = step(real, z)
-                gan.update_average(gan.epoch * len(batches) + i + 1)  # epochs are of one length
+                gan.steps += 1
+                gan.update_average(gan.steps)
                 if i % log_every == 0:  # within an epoch, the CPU waits for a GPU only here
                     check_finite(gan, stats[: i + 1], title)
                     values = dict(zip(STATS, stats[i].tolist(), strict=True))
@@ -639,6 +641,8 @@ Errors = type[Exception] | tuple[type[Exception], ...]
 
 def of_machine(error: BaseException) -> bool:
     """Tell whether an error says that memory is used up or that a GPU is lost."""
+    if "device-side assert" in str(error):  # a fault in the program, such as an index out of range
+        return False
     if isinstance(error, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
         return True
     return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
@@ -1005,11 +1009,11 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
-        fault = f"this PyTorch cannot compute on {device} ({str(error).splitlines()[0]})"
+        fault = f"cannot compute on {device} ({textwrap.shorten(str(error), 200)})"
         if started_by_torchrun():
             raise OSError(fault) from error  # no Failure, as above
         if name != "auto":
-            advice = "pytorch.org has others; cpu always works"
+            advice = "pytorch.org has PyTorch for other GPUs; cpu always works"
             raise WrongInput(f"argument --device: {fault}; {advice}") from error
         print(f"warning: {fault}; computing on cpu instead")
         device = torch.device("cpu")
@@ -1028,7 +1032,7 @@ def has_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Let convolutions and products of tensors in fp32 compute in fp32, for a while.
+    """In a with block, let convolutions and products of tensors in fp32 compute in fp32.
 
     On recent GPUs, PyTorch otherwise takes TF32 for convolutions, which keeps 10 bits of 23.
     """
@@ -1051,6 +1055,7 @@ def computing_on(device: torch.device) -> Iterator[None]:
     """Compute the same every time; on a GPU, on a stream on which graphs can be recorded."""
     with full_fp32(), ExitStack() as stack:
         switch(stack, torch.backends.cudnn, "deterministic", True)
+        switch(stack, torch.backends.cudnn, "benchmark", False)
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
             stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
@@ -1186,7 +1191,7 @@ LOST = "a process of this run has ended; use --resume to continue"
 
 @contextmanager
 def connected(device: torch.device) -> Iterator[None]:
-    """Connect the processes that torchrun has started, if it has, for a while. Raises Failure."""
+    """In a with block, connect the processes that torchrun has started, if any. Raises Failure."""
     if not started_by_torchrun():
         yield
         return
@@ -1196,7 +1201,7 @@ def connected(device: torch.device) -> Iterator[None]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     except (RuntimeError, ValueError) as error:  # nothing but the connection can fail here
-        reason = str(error).splitlines()[0]
+        reason = textwrap.shorten(str(error), 200)
         raise ConnectionError(f"the processes of this run cannot connect ({reason})") from error
     try:
         with explained(LOST, dist.DistError):
@@ -1254,10 +1259,10 @@ class SharedStep:
 
 
 def fastest_step(gan: DCGAN, graph: bool = True) -> Step:
-    """Return the fastest training step for this device; on a CPU, layers are prepared for it."""
+    """Return the fastest training step for this device; on a CPU, layers become faster."""
     if gan.device.type == "cpu":
-        use_products(gan.generator)
-        use_products(gan.discriminator)
+        for network in gan.networks():
+            use_products(network)
     if started_by_torchrun():
         return SharedStep(gan)
     if gan.device.type == "cuda" and graph:
@@ -1810,6 +1815,7 @@ class Run:
             self.scores = with_columns(SCORES, checkpoint["scores"])
             equal = [len(self.stats["ds_loss"]) // self.gan.epoch] * self.gan.epoch
             self.steps = checkpoint.get("steps", equal)  # older files have epochs of one length
+            self.gan.steps = sum(self.steps)
             self.table_bytes = len(self.table())
 
 
@@ -2582,14 +2588,11 @@ def number_between(kind: type, low: float, high: float) -> Callable[[str], float
     noun = "whole number" if kind is int else "number"
 
     def read(text: str) -> float:
-        refusal = argparse.ArgumentTypeError(f"must be a {noun} from {low} to {high}, not {text!r}")
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError as error:
-            raise refusal from error
-        if not low <= value <= high:
-            raise refusal
-        return value
+            if low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a {noun} from {low} to {high}, not {text!r}")
 
     return read
 
@@ -2737,7 +2740,7 @@ def last_line(kind: str, message: object, rank: int) -> None:
 
 @contextmanager
 def own_torch() -> Iterator[None]:
-    """Compute as in a new process, whatever a notebook has switched in torch, for a while."""
+    """In a with block, compute as in a new process, whatever a notebook has switched in torch."""
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
@@ -2802,9 +2805,9 @@ def main(argv: Sequence[str] = ()) -> int:
 
 @contextmanager
 def own_process() -> Iterator[None]:
-    """Set up, for a while, what a process of its own needs: signals, what it prints to, pictures.
+    """In a with block, set up what a process of its own needs: signals, streams, pictures.
 
-    It is undone in the end, for a notebook's %run goes on in the same process. The first signal
+    It is undone at the end, for a notebook's %run goes on in the same process. The first signal
     stops the program in good order, a second one at once. Under torchrun, which may send a signal
     twice, the first process ignores a second one; any signal ends the other processes at once. A
     signal that was ignored before, as with nohup, stays ignored. A line appears when it is printed.
@@ -2812,7 +2815,8 @@ def own_process() -> Iterator[None]:
     """
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    signals = [signum for signum in known if signal.getsignal(signum) != signal.SIG_IGN]
+    left = (signal.SIG_IGN, None)  # ignored, or with a handler that Python cannot put back
+    signals = [signum for signum in known if signal.getsignal(signum) not in left]
 
     def stop(signum: int, frame: object) -> NoReturn:
         later = signal.SIG_IGN if started_by_torchrun() else signal.SIG_DFL
@@ -2851,6 +2855,7 @@ def keep_freed_memory() -> None:
 def run_script() -> NoReturn:
     """Run this process's command line."""
     keep_freed_memory()
+    gc.freeze()
     with own_process():
         code = main(sys.argv[1:])
         if code == NO_READER:  # or Python complains at exit of what it cannot print

@@ -206,15 +206,22 @@ def test_processes_on_a_mac_compute_on_its_cpu_because_mps_cannot_share_gradient
         dcgan_mnist.pick_device("mps")
 
 
-def test_a_gpu_that_this_pytorch_has_no_kernels_for_is_told_of_before_training(
-    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA out of memory. Tried to allocate 2.00 MiB",
+    ],
+)
+def test_a_gpu_that_cannot_compute_is_told_of_before_training(
+    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str
 ):
-    fault = "CUDA error: no kernel image is available for execution on the device"
     let_devices_compute(monkeypatch, f"{fault}\nCompile with `TORCH_USE_CUDA_DSA`")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     outcome = run("--device", "cuda")
-    assert outcome.is_one_line(2, "error: argument --device: ", fault, "pytorch.org", "cpu")
+    told = f"error: argument --device: cannot compute on cuda:0 ({fault}"
+    assert outcome.is_one_line(2, told, "pytorch.org", "cpu")
     assert contents(".") == {}
     assert dcgan_mnist.pick_device("auto") == torch.device("cpu")
     warning = capsys.readouterr().out

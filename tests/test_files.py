@@ -685,6 +685,7 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path):
     other.restore(read, path)
     other.gan.settings = gan.settings
     assert equal(other.checkpoint(), content)
+    assert other.gan.steps == 1
     assert torch.equal(other.samples(1), run.samples(1))
     assert other.table() == run.table()
     assert other.best_epoch == 1

@@ -143,10 +143,19 @@ def test_a_disk_that_fails_to_keep_what_is_written_is_no_matter_of_a_warning(run
     assert outcome.is_one_line(2, "error: argument --output-dir: result", "Input/output error")
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(run, monkeypatch: pytest.MonkeyPatch):
-    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_fault_of_the_program_keeps_its_traceback(
+    run, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
     monkeypatch.setattr(dcgan_mnist, "training_step", raising(error))
-    with pytest.raises(RuntimeError, match="mat1"):
+    with pytest.raises(type(error), match=str(error)):
         run(*THREE_STEPS)
 
 
@@ -569,6 +578,13 @@ def test_the_script_run_by_a_notebook_leaves_signals_and_environment(
     assert end.value.code == 0
     assert [signal.getsignal(signum) for signum in signals] == before
     assert os.environ["MPLBACKEND"] == "module://matplotlib_inline.backend_inline"
+
+
+def test_a_signal_handler_that_is_not_pythons_is_left_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(signal, "getsignal", lambda signum: None)  # what Python says of one
+    monkeypatch.setattr(signal, "signal", raising(AssertionError("it is replaced")))
+    with dcgan_mnist.own_process():
+        pass
 
 
 def test_the_file_pasted_into_a_cell_is_a_library(

@@ -88,11 +88,13 @@ def test_a_run_goes_on_on_another_device(run, one: str, other: str):
 def test_steps_are_computed_the_same_every_time_and_in_full_fp32(
     run, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as a notebook may set it
     found = set()
 
     def look(_: int, stats: torch.Tensor) -> torch.Tensor:
         backends = torch.backends
         found.add(backends.cudnn.deterministic)
+        found.add(not backends.cudnn.benchmark)
         found.add(backends.cudnn.conv.fp32_precision)
         found.add(backends.cuda.matmul.fp32_precision)
         return stats
@@ -100,6 +102,7 @@ def test_steps_are_computed_the_same_every_time_and_in_full_fp32(
     change_steps(monkeypatch, look)
     assert run(*THREE_STEPS, "--epochs", 1).code == 0
     assert found == {True, "ieee"}
+    assert torch.backends.cudnn.benchmark
 
 
 # ------------------------------------------- a terminal ------------------------------------------
