@@ -384,7 +384,8 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help=argparse.SUPPRESS)
     options = parser.parse_args()
     given = dcgan_mnist.given_settings(options)
-    if options.train_textbook is None and given.keys() - {"width", "latent_dim"}:
+    chosen = given.keys() - {"width", "latent_dim"} or options.epochs or options.on_logits
+    if options.train_textbook is None and chosen:
         parser.error("only --width and --latent-dim can be chosen")
     settings = Settings(**given)
     device = dcgan_mnist.pick_device("auto")
