@@ -129,7 +129,7 @@ SAMPLES = 50  # digits in the picture of an epoch: five rows of ten
 FITTED = 1000  # digits drawn for the statistics of the averaged generator's BatchNorm layers
 SCORED = 2000  # digits drawn for the score of an epoch
 EVALUATED = 10_000  # digits drawn for the score of a finished run
-# a cell of a notebook is no file: there, the current folder stands in for the program's
+# a notebook's cell has no file: there, the current folder stands in for the program's
 HOME = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 BUNDLED = HOME / "MNIST"  # the data folder
 EXAMPLE = HOME / "result" / "example" / "generator.pt"  # a trained generator, to draw with at once
@@ -177,7 +177,7 @@ class Discriminator(nn.Module):
         )
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the log-odds of being real (n,), of which the loss is computed."""
+        """Return the log-odds of being real (n,), from which the loss is computed."""
         return self.layers(images).flatten().float()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -252,9 +252,9 @@ def setting(
 class Settings:
     """What shapes a run: the same settings and digits give the same run on the same machine.
 
-    A line here is all that a new setting needs, a bool, int, float or str. Its flag, its place in
-    the checkpoint and its comparison on --resume follow from it. A checkpoint that lacks it has the
-    default, which should thus be what was done before.
+    A new setting (bool, int, float or str) needs a line here, and the code that uses it. Its flag,
+    its place in the checkpoint and its comparison on --resume follow. For a checkpoint that lacks
+    it, its default is used, so let the default be what was done before.
     """
 
     recipe: str = setting(
@@ -277,14 +277,14 @@ class Settings:
     )
     ema: float = setting(
         0.05,
-        "draw with the generator's weights averaged over the latest steps, this share of all steps "
-        "so far; 0: no average",
+        "draw with the generator's weights averaged over the latest steps; X is their share of all "
+        "steps so far; 0: no average",
         low=0.0,
         high=0.5,
     )
     width: int = setting(
         WIDTH,
-        "channels beside the image; other layers have 2 and 4 times as many",
+        "channels of the layers next to the image; the others have 2 and 4 times as many",
         low=1,
         high=1024,
     )
@@ -328,7 +328,7 @@ LAYERS = 6  # what layers such as dropout draw in an epoch
 
 
 def stream_seed(seed: int, use: int, epoch: int = 0) -> int:
-    """Return the seed of a stream: of a use named above and, if it has one, of an epoch.
+    """Return the seed of the stream for a use named above, and for an epoch if each has its own.
 
     numpy mixes the three: on a CPU, torch takes only the last 32 bits of a seed.
     """
@@ -338,7 +338,7 @@ def stream_seed(seed: int, use: int, epoch: int = 0) -> int:
 def random_stream(
     seed: int, use: int, epoch: int = 0, device: str | torch.device = "cpu"
 ) -> torch.Generator:
-    """Return the random numbers of a use, from their start."""
+    """Return a torch.Generator at the start of the stream for a use."""
     return torch.Generator(device).manual_seed(stream_seed(seed, use, epoch))
 
 
@@ -360,12 +360,12 @@ def order_of_epoch(digits: Tensor, seed: int, epoch: int) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """In a with block, let torch's default random numbers on CPU and device start at a seed.
+    """In a with block, seed torch's default generators of the CPU and of a device.
 
     All layers take these: for their first weights, or at every call, as dropout does.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([]))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
@@ -500,12 +500,12 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     After Algorithm 1 of Goodfellow et al. (2014), arXiv:1406.2661, with its non-saturating loss.
     The generator's first update takes the noise that the discriminator has learnt from.
 
-    If you change this function, keep a contract. On a GPU, it is recorded once as a CUDA graph and
-    then replayed. So it only computes tensors from tensors on one device: no ``.item()``, no
-    printing, no Python number that changes from step to step. With ``--graph off``, it is called as
-    it is. It leaves ``real`` and ``z`` as they are. Its random numbers, such as dropout's, are
-    torch's default ones, which each epoch seeds; those of numpy are not. A resumed run has only
-    what is in ``DCGAN.parts``, ``gan.epoch`` and ``gan.steps``.
+    If you change this function, keep to this contract. On a GPU, it is recorded once as a CUDA
+    graph and then replayed, so compute only tensors from tensors on one device: no ``.item()``, no
+    printing, no Python number that changes from step to step. (``--graph off`` calls it directly.)
+    Do not change ``real`` or ``z``. Take random numbers, as dropout does, from torch's default
+    generators, which each epoch seeds; those of numpy are not seeded. A resumed run has only what
+    is in ``DCGAN.parts``, ``gan.epoch`` and ``gan.steps``.
     """
     noises = z.split(len(real))  # one (n, latent_dim, 1, 1) for each update of the generator
     with gan.autocast():
@@ -565,7 +565,7 @@ def draw(generator: nn.Module, z: Tensor, precision: str = "fp32") -> Tensor:
 
 # =========================================== training ===========================================
 class Failure(Exception):  # noqa: N818 (not an error in the program)
-    """Something outside the program went wrong, a full disk for one. The user gets the message."""
+    """Something outside the program went wrong, such as a full disk. The user gets the message."""
 
 
 class WrongInput(Failure):
@@ -619,8 +619,8 @@ def train_epochs(
 def progress_bar(items: Sequence | None = None, **options: object) -> tqdm:
     """Return a tqdm bar over items, shown on a terminal or in a notebook, but not in a log file."""
     if type(sys.stdout).__module__ == "ipykernel.iostream":
-        # A notebook is no terminal but can show a bar. It gets bar and log in one stream, because
-        # it would show two streams one after the other, with pieces of the bar between them.
+        # A notebook is not a terminal but can show a bar. Bar and log share one stream, because a
+        # notebook would show two streams one after the other, with pieces of the bar between them.
         return tqdm(items, leave=False, file=sys.stdout, **options)
     return tqdm(items, leave=False, disable=None, **options)  # None: unless it is no terminal
 
@@ -705,7 +705,7 @@ def load_pictures(
     """Return the pictures to train on, their file or folder, and how many other files it holds.
 
     The pictures are (n, 28, 28) of uint8. Without ``data_dir``, read MNIST beside the program, and
-    download it if it is missing. ``split_given``: the user has asked for this split, which only
+    download it if it is missing. ``split_given``: whether the user has named the split, which only
     files in MNIST's format have. Raises WrongInput, or Failure if the program's own files are
     damaged.
     """
@@ -735,7 +735,7 @@ def read_pictures(path: Path, split: str, split_given: bool) -> tuple[Tensor, Pa
         if not is_folder and not path.is_file():
             raise Unusable(f"there is no regular file or folder {path}")
         files = files_below(path) if is_folder else [path]
-        begins = {file: first_bytes(file, len(NPY)) for file in files if file.is_file()}
+        begins = {file: first_bytes(file) for file in files if file.is_file()}
     except OSError as error:
         raise Unusable(f"cannot read {error.filename or path} ({error.strerror})") from error
     in_idx = [file for file in begins if begins[file].startswith(IDX_PICTURES)]
@@ -769,9 +769,9 @@ def read_pictures(path: Path, split: str, split_given: bool) -> tuple[Tensor, Pa
 
 
 def files_below(folder: Path) -> list[Path]:
-    """List what is in a folder and below it, also behind links, by name; no folders, none hidden.
+    """List the files in a folder and below it, sorted by path; none that are hidden.
 
-    Raises OSError for a folder that cannot be read.
+    Links are followed. Raises OSError for a folder that cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -797,17 +797,17 @@ def open_unpacked(path: Path) -> BinaryIO:
     return gzip.open(path) if is_gzipped else path.open("rb")
 
 
-def first_bytes(path: Path, count: int) -> bytes:
+def first_bytes(path: Path) -> bytes:
     """Return the first bytes of a file, unpacked; GZIP if it cannot be unpacked."""
     with open_unpacked(path) as file:
         try:
-            return file.read(count)
+            return file.read(len(NPY))
         except (gzip.BadGzipFile, EOFError, zlib.error):
             return GZIP
 
 
 def listing(begins: dict[Path, bytes]) -> str:
-    """Name the first three files, and say what those in IDX hold, of which the bytes tell."""
+    """Name the first three files, and say what their first bytes tell of those in IDX."""
     names = []
     for file, begin in list(begins.items())[:3]:
         name = file.name
@@ -1003,7 +1003,7 @@ def pick_device(name: str) -> torch.device:
     if kind == "cuda":
         number = int(os.environ.get("LOCAL_RANK", 0)) if started_by_torchrun() else 0
         if number >= torch.cuda.device_count():
-            # no Failure: of those, only the first process prints its own
+            # not a Failure: only the first process prints a Failure
             raise OSError(f"there is no GPU number {number}: start fewer processes")
         device = torch.device(kind, number)
     try:
@@ -1011,7 +1011,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         fault = f"cannot compute on {device} ({textwrap.shorten(str(error), 200)})"
         if started_by_torchrun():
-            raise OSError(fault) from error  # no Failure, as above
+            raise OSError(fault) from error  # not a Failure, as above
         if name != "auto":
             advice = "pytorch.org has PyTorch for other GPUs; cpu always works"
             raise WrongInput(f"argument --device: {fault}; {advice}") from error
@@ -1021,7 +1021,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Tell whether a device computes in bf16 as fast as in fp32 or faster."""
+    """Tell whether a device computes in bf16 at least as fast as in fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -1186,7 +1186,9 @@ class GraphedStep:
         return replay
 
 
-LOST = "a process of this run has ended; use --resume to continue"
+def loss_explained(errors: Errors) -> AbstractContextManager[None]:
+    """Return a context in which these errors mean that another process has ended."""
+    return explained("a process of this run has ended", errors, "use --resume to continue")
 
 
 @contextmanager
@@ -1204,7 +1206,7 @@ def connected(device: torch.device) -> Iterator[None]:
         reason = textwrap.shorten(str(error), 200)
         raise ConnectionError(f"the processes of this run cannot connect ({reason})") from error
     try:
-        with explained(LOST, dist.DistError):
+        with loss_explained(dist.DistError):
             yield
     finally:
         dist.destroy_process_group()
@@ -1214,7 +1216,7 @@ def from_first_process(value: object) -> Any:
     """Return the first process's value in every process. Raises Failure."""
     values = [value]
     if started_by_torchrun():
-        with explained(LOST, RuntimeError):  # nothing but the connection can fail here
+        with loss_explained(RuntimeError):  # nothing but the connection can fail here
             dist.broadcast_object_list(values)
     return values[0]
 
@@ -1253,7 +1255,7 @@ class SharedStep:
 
     def average_over_processes(self, tensor: Tensor) -> None:
         """Replace a tensor by its mean over the processes, in all of them. Raises Failure."""
-        with explained(LOST, RuntimeError):
+        with loss_explained(RuntimeError):
             dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
 
@@ -1277,13 +1279,13 @@ TOLERANCE = {"fp32": 0.05, "bf16": 0.6}
 
 
 class ComparedStep:
-    """A training step that raises Failure if it computes something else than what is written.
+    """A training step that raises Failure if it does not compute what is written.
 
     Each step is taken once more: in fp32 on the CPU, by the layers as they are, from the same
-    weights, digits and noise. Compared are the losses, the gradients that optimisers take, and the
-    updated weights of both networks. The plain optimisers are given the device's gradients, for
-    Adam turns small differences of gradients into large ones of weights. ``largest`` is the largest
-    relative deviation so far, ``result`` what a dry run prints of it.
+    weights, digits and noise. The losses, the gradients that optimisers take and the updated
+    weights of both networks are compared. The plain optimisers are given the device's gradients,
+    for Adam turns small differences of gradients into large ones of weights. ``largest`` is the
+    largest relative deviation so far, ``result`` what a dry run prints of it.
     """
 
     def __init__(self, gan: DCGAN, step: Step) -> None:
@@ -1318,10 +1320,10 @@ class ComparedStep:
         stats = self.step(real, z)
         self.gradients = self.gradients or list(self.recorded)
         self.deviations.clear()
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(random_numbers)
             expected = training_step(self.plain, plain_real, plain_z)
-            draws = not torch.equal(torch.get_rng_state(), random_numbers)
+            layers_draw = not torch.equal(torch.get_rng_state(), random_numbers)
         for name, value, plain in zip(STATS, stats.cpu(), expected, strict=True):
             if name.endswith("loss"):
                 scale = plain.norm() + 0.1  # a loss may be near 0, as a difference of others
@@ -1331,7 +1333,7 @@ class ComparedStep:
             update = plain - before[name]
             scale = update.norm() + 1e-3 * plain.norm()  # rounding hides very small updates
             self.compare(f"update of {name}", weights[name].cpu(), plain, scale)
-        if draws and self.gan.device.type != "cpu":  # devices have other random numbers
+        if layers_draw and self.gan.device.type != "cpu":  # devices have other random numbers
             self.result = "not compared: layers draw random numbers, which differ by device"
         else:
             self.judge()
@@ -1352,24 +1354,25 @@ class ComparedStep:
         Gradients that are zero but for rounding, such as those of biases before BatchNorm, are left
         out. Deviations of small ones count for less: they are sums of much that cancels out.
         """
-        if not self.gradients:
-            raise Failure("the same step, taken again, has more updates: see training_step")
         names = {weight: name for name, weight in named_weights(self.plain)}
         weights = with_gradient(optimizer)
+        gradients = self.gradients.pop(0) if self.gradients else []
+        if [weight.shape for weight in weights] != [gradient.shape for gradient in gradients]:
+            raise Failure("the same step, taken again, makes other updates; see training_step")
         largest = max((weight.grad.norm() for weight in weights), default=0.0)
-        for weight, gradient in zip(weights, self.gradients.pop(0), strict=True):
+        for weight, gradient in zip(weights, gradients, strict=True):
             plain = weight.grad
             weight.grad = torch.empty_like(weight).copy_(gradient)  # in its own memory layout
             if plain.norm() > 1e-4 * largest:
                 scale = plain.norm() + 0.1 * largest
-                of = names.get(weight, "another network")
-                self.compare(f"gradient of {of}", weight.grad, plain, scale)
+                name = names.get(weight, "another network")
+                self.compare(f"gradient of {name}", weight.grad, plain, scale)
 
-    def compare(self, of: str, value: Tensor, plain: Tensor, scale: Tensor) -> None:
+    def compare(self, name: str, value: Tensor, plain: Tensor, scale: Tensor) -> None:
         """Keep how far a value of the device is from the plain one, relative to a scale."""
         if not torch.equal(value, plain):
             deviation = ((value - plain).norm() / scale).item()
-            self.deviations[of] = max(deviation, self.deviations.get(of, 0.0))
+            self.deviations[name] = max(deviation, self.deviations.get(name, 0.0))
 
     def judge(self) -> None:
         """Raise Failure if a deviation of this step is too large."""
@@ -1384,14 +1387,14 @@ class ComparedStep:
             flags.append("--device cpu")
         advice = f"try {' or '.join(flags)}; " if flags else ""
         advice += "after an edit, see what training_step may do"
-        for of, deviation in self.deviations.items():
+        for name, deviation in self.deviations.items():
             if not deviation <= TOLERANCE[precision]:  # also if it is not a number
-                wrong = f"{where} computes something else than is written"
-                amount = f"the {of} differs by {deviation:.1e} from that in fp32 on the CPU"
+                wrong = f"{where} does not compute what is written"
+                amount = f"the {name} differs by {deviation:.1e} from that in fp32 on the CPU"
                 raise Failure(f"{wrong}: {amount}; {advice}")
             if deviation > self.largest:
                 self.largest = deviation
-                self.result = f"{deviation:.1e} ({of})"
+                self.result = f"{deviation:.1e} ({name})"
 
 
 def named_weights(gan: DCGAN) -> list[tuple[str, nn.Parameter]]:
@@ -1449,7 +1452,7 @@ def curves(
     steps = len(stats["ds_loss"])
     group = math.ceil(steps / 400)  # steps to a point, so that curves of any length are clear
 
-    def plot(panel, label: str, names: tuple[str, ...]) -> None:
+    def plot(panel: Any, label: str, names: tuple[str, ...]) -> None:
         for name in names:
             points = [part.mean() for part in stats[name].split(group)]
             panel.plot(range(1, steps + 1, group), points, label=name)
@@ -1575,10 +1578,10 @@ def load_classifier(content: dict, device: torch.device) -> Classifier:
 
 
 class Scorer:
-    """Tell how good the digits of a model are that was trained on a split of MNIST.
+    """Score the digits of a model that was trained on one split of MNIST.
 
-    They are compared with the other split, which the model has not seen. ``floors`` has, for some
-    numbers of digits, the scores of as many real digits of the split that it has seen. A score
+    They are compared with the other split, which the model has not seen. ``floors`` maps some
+    numbers of digits to the scores of as many real digits from the split that it has seen. A score
     that was added later has no floor.
     """
 
@@ -1720,7 +1723,7 @@ SCORE = "score.json"
 NEAREST = "nearest.png"
 # the version of a checkpoint's layout: add 1 if Run.checkpoint changes, and make EXAMPLE anew
 FORMAT = 5
-KEPT = ("epochs", "stats", "scores", "packed_samples")  # of a Run, by checkpoints
+KEPT = ("epochs", "stats", "scores", "packed_samples")  # attributes of a Run, in checkpoints
 
 
 class Run:
@@ -1830,7 +1833,7 @@ def epoch_picture(epoch: int) -> str:
     return f"generated_epoch_{epoch:03d}.png"
 
 
-PICTURES: dict[str, Callable[[Run], bytes]] = {  # anew after each epoch
+PICTURES: dict[str, Callable[[Run], bytes]] = {  # drawn again after each epoch
     "real_samples.png": lambda run: png(grid(run.real)),
     TIMELINE: lambda run: png(stacked(stages(run.samples, run.gan.epoch, run.real))),
     "training.gif": lambda run: animation(stages(run.samples, run.gan.epoch, run.real)),
@@ -1840,7 +1843,7 @@ FILES = (CHECKPOINT, BEST, HISTORY, *PICTURES)
 FILES += (GENERATED, GENERATED_DIGITS, INTERPOLATION, SCORE, NEAREST)
 
 
-AGAIN = "; it is written again after the next epoch, or by --resume"
+AGAIN = "it is written again after the next epoch, or by --resume"
 PATIENCE = 10  # seconds for which to keep trying to write a checkpoint
 SHORT_PATIENCE = 1.5 if sys.platform == "win32" else 0  # virus scanners there hold new files
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -1919,8 +1922,10 @@ class RunFolder:
                 probe.unlink(missing_ok=True)
             for path in self.path.glob(".*.tmp"):
                 match = re.fullmatch(r"\.+(.+?)(?:\.[0-9a-f]{32}\.tmp)+", path.name)
+                name = match[1] if match else ""
+                ours = is_ours(name) or name.endswith((f"_{SCORE}", f"_{NEAREST}"))
                 with suppress(OSError):  # another command may be cleaning, or another user own it
-                    if match and is_ours(match[1]) and time.time() - path.stat().st_mtime > 3600:
+                    if ours and time.time() - path.stat().st_mtime > 3600:
                         path.unlink()
 
     def temporary(self, name: str) -> Path:
@@ -2011,15 +2016,15 @@ class RunFolder:
 
     def write_pictures(self, run: Run) -> None:
         """Bring table and pictures up to date; one that cannot be written costs a warning."""
-        with only_warned(f"cannot write {self.path / HISTORY}", AGAIN):
+        with only_warned(f"cannot write {self.path / HISTORY}"):
             self.write_table(run)
         for epoch in range(1, run.gan.epoch + 1):
             path = self.path / epoch_picture(epoch)
             if not path.exists():
-                with only_warned(f"cannot draw {path}", AGAIN):
+                with only_warned(f"cannot draw {path}"):
                     self.write(path.name, png(grid(run.samples(epoch))))
         for name, picture in PICTURES.items():
-            with only_warned(f"cannot draw {self.path / name}", AGAIN):
+            with only_warned(f"cannot draw {self.path / name}"):
                 self.write(name, picture(run))
 
     def write_table(self, run: Run) -> None:
@@ -2050,12 +2055,12 @@ def patiently(action: Callable[[], None], patience: float) -> None:
 
 
 @contextmanager
-def only_warned(what: str, later: str = "") -> Iterator[None]:
-    """Turn any error into a warning: training can go on without these lines."""
+def only_warned(what: str) -> Iterator[None]:
+    """Turn any error in a with block into a warning, for training can go on without the block."""
     try:
         yield
     except Failure as failure:
-        print(f"warning: {failure}{later}")
+        print(f"warning: {failure}; {AGAIN}")
     except Exception as error:
         frames = traceback.walk_tb(error.__traceback__)
         lines = [line for frame, line in frames if frame.f_globals is globals()]
@@ -2071,11 +2076,11 @@ def moved_away(path: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path, *more: str) -> dict:
-    """Read a file with a generator, and with ``more`` in it. Raises Failure if it is not sound."""
+    """Read a file that holds a generator and ``more``. Raises Failure if it is not sound."""
     if not path.exists():
         advice = "train first, or choose another --output-dir"
         moved = moved_away(path)
-        if moved:  # by a run that then ended before its first epoch did
+        if moved:  # by a run that then ended within its first epoch
             advice += f": the latest earlier run is in {moved[-1].parent}"
         raise Failure(f"there is no {path}; {advice}")
     data = io.BytesIO(path.read_bytes())
@@ -2128,7 +2133,7 @@ def load_weights(
 
 
 def kinds(groups: list[dict]) -> list[tuple]:
-    """Return what an optimiser's groups have in common with those of another one of its kind."""
+    """Return what must be equal for an optimiser's state to fit: options and parameters."""
     return [(sorted(group), group["params"]) for group in groups]
 
 
@@ -2177,7 +2182,7 @@ THE_RUN = object()  # what --evaluate scores if no file is named: the run in the
 class Stopped(KeyboardInterrupt):
     """The user or the system wants the program to end; the message says how to go on."""
 
-    def __init__(self, signum: int, message: str = "to start over, run the same command") -> None:
+    def __init__(self, signum: int, message: str = "to try again, run the same command") -> None:
         super().__init__(message)
         self.signum = signum
 
@@ -2302,7 +2307,7 @@ def checkpoint_to_resume(given: dict[str, object], folder: RunFolder) -> dict:
         kept = getattr(settings, name)
         if value != kept:
             advice = "omit it, or start a new run without --resume"
-            raise WrongInput(f"argument {flag(name)}: {value}, but the run has {kept}: {advice}")
+            raise WrongInput(f"argument {flag(name)}: {value}, but the run has {kept}; {advice}")
     return checkpoint
 
 
@@ -2330,7 +2335,7 @@ def find_scorer(digits_sha256: str, device: torch.device) -> Scorer | None:
 
 
 def announce(settings: Settings, device: torch.device, what: str, folder: RunFolder) -> None:
-    """Print on what training begins, where it computes and what there will be to see."""
+    """Print what a run trains on, where it computes and which picture to watch."""
     print(f"Training on {what}")
     if settings.precision == "bf16" and not has_bf16(device):
         print(f"warning: this {device.type} may be slow in bf16; --precision fp32 may be faster")
@@ -2340,7 +2345,7 @@ def announce(settings: Settings, device: torch.device, what: str, folder: RunFol
 
 
 def outside(error: BaseException) -> bool:
-    """Tell whether something outside the program has caused an error, a full disk for one."""
+    """Tell whether something outside the program has caused an error, such as a full disk."""
     return isinstance(error, OSError) or of_machine(error)
 
 
@@ -2383,7 +2388,7 @@ def score_save_draw(
     if gan.settings.dry_run:
         end_dry_run(folder)
     elif run.best_epoch:
-        print(f"The best epoch was {run.best_epoch}: {BEST}, for --generate N --best")
+        print(f"The best epoch was {run.best_epoch}; add --best to draw with it, from {BEST}")
 
 
 def end_dry_run(folder: RunFolder) -> None:
@@ -2614,20 +2619,20 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         high = field.metadata["high"]
         choices = field.metadata["choices"]
         if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
+            arguments = {"action": argparse.BooleanOptionalAction}
         elif choices:
-            kind = {"type": field.type, "choices": choices}
+            arguments = {"type": field.type, "choices": choices}
         else:
             read = str if field.type is str else number_between(field.type, low, high)
-            kind = {"type": read, "metavar": "N" if field.type is int else "X"}
+            arguments = {"type": read, "metavar": "N" if field.type is int else "X"}
         text = f"{help} (default: {field.default})".replace("%", "%%")  # argparse formats it
-        group.add_argument(flag(field.name), help=text, **kind)
+        group.add_argument(flag(field.name), help=text, **arguments)
 
 
 def add_run_flags(group: argparse._ArgumentGroup) -> None:
     """Add how long a run goes on, and what it reads and writes."""
-    help = "epochs in all, with those already done; --resume alone keeps its number "
-    help += f"(default: {EPOCHS})"
+    help = "epochs in all, including those already done "
+    help += f"(default: {EPOCHS}; with --resume, the run's own number)"
     group.add_argument("--epochs", type=number_between(int, 1, 100_000), metavar="N", help=help)
     help = f"folder for the results (default: {OUTPUT_DIR})"
     group.add_argument("--output-dir", type=named_path, metavar="DIR", help=help)
@@ -2744,10 +2749,8 @@ def own_torch() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
-        if torch.are_deterministic_algorithms_enabled():
-            warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-            stack.callback(torch.use_deterministic_algorithms, True, warn_only=warn_only)
-            torch.use_deterministic_algorithms(False)
+        stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("default")
         for device in ("cpu", "cuda", "mps"):
             enabled = torch.is_autocast_enabled(device)
             stack.callback(torch.set_autocast_enabled, device, enabled)

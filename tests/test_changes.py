@@ -307,6 +307,25 @@ def test_gradients_in_another_memory_layout_than_the_weights_are_found_by_a_dry_
     assert "the update of generator" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["optimizer_d", "optimizer_g"])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_step_that_counts_its_calls_is_found_by_a_dry_run(
+    change: Callable[[Edits], ModuleType],
+    flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    odd: int,
+):
+    update = f"    gan.{name}.step()\n"
+    every_other = (
+        "    training_step.calls = getattr(training_step, 'calls', 0) + 1\n"
+        f"    if training_step.calls % 2 == {odd}:\n    {update}"
+    )
+    program = change({update: every_other})
+    assert program.main([*flags, "--dry-run"]) == 1
+    assert re.search(r"error: .*training_step", capsys.readouterr().err)
+
+
 def test_a_loss_that_cancels_out_raises_no_false_alarm(
     change: Callable[[Edits], ModuleType], flags: list[str]
 ):

@@ -405,11 +405,11 @@ def test_a_run_from_before_a_setting_was_added_goes_on_with_its_default(
 @pytest.mark.parametrize(
     ("place", "hint"),
     [
-        ("pick_device", "to start over, run the same command"),
-        ("load_pictures", "to start over, run the same command"),
-        ("fastest_step", "to start over, run the same command"),
-        ("training_step", "to start over, run the same command"),
-        ("draw", "to start over, run the same command"),
+        ("pick_device", "to try again, run the same command"),
+        ("load_pictures", "to try again, run the same command"),
+        ("fastest_step", "to try again, run the same command"),
+        ("training_step", "to try again, run the same command"),
+        ("draw", "to try again, run the same command"),
         ("grid", "epoch 1 is saved; to continue, run the same command with --resume"),
         ("animation", "epoch 1 is saved; to continue, run the same command with --resume"),
     ],
