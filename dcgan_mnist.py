@@ -422,7 +422,6 @@ class DCGAN:
             lr=settings.lr,
             betas=(settings.beta1, settings.beta2),
             fused=True,  # the fastest implementation
-            capturable=True,  # so that a CUDA graph can record it
         )
         self.optimizer_g = adam(self.generator.parameters())
         self.optimizer_d = adam(self.discriminator.parameters())
@@ -645,7 +644,9 @@ def of_machine(error: BaseException) -> bool:
         return False
     if isinstance(error, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
         return True
-    return isinstance(error, RuntimeError) and "memory" in str(error) and "alloc" in str(error)
+    # "CUBLAS_STATUS_ALLOC_FAILED", or a sentence with these words
+    is_full = "_ALLOC" in str(error) or ("memory" in str(error) and "alloc" in str(error))
+    return isinstance(error, RuntimeError) and is_full
 
 
 @contextmanager
@@ -1008,7 +1009,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(kind, number)
     try:
         torch.ones(1, device=device).add(1).item()
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         fault = f"cannot compute on {device} ({textwrap.shorten(str(error), 200)})"
         if started_by_torchrun():
             raise OSError(fault) from error  # not a Failure, as above
@@ -1168,7 +1169,9 @@ class GraphedStep:
         """
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            with ExitStack() as stack:
+                self.make_capturable(stack)
+                stack.enter_context(torch.cuda.graph(graph, stream=torch.cuda.current_stream()))
                 stats = training_step(self.gan, graph_real, graph_z)
         except torch.OutOfMemoryError:
             raise
@@ -1184,6 +1187,14 @@ class GraphedStep:
             return stats  # which the next replay overwrites
 
         return replay
+
+    def make_capturable(self, stack: ExitStack) -> None:
+        """Let optimisers such as Adam be recorded until a stack ends; elsewhere they warn of it."""
+        for optimizer in self.gan.optimizers():
+            for group in optimizer.param_groups:
+                if "capturable" in group:
+                    stack.callback(group.__setitem__, "capturable", group["capturable"])
+                    group["capturable"] = True
 
 
 def loss_explained(errors: Errors) -> AbstractContextManager[None]:
@@ -1205,11 +1216,14 @@ def connected(device: torch.device) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:  # nothing but the connection can fail here
         reason = textwrap.shorten(str(error), 200)
         raise ConnectionError(f"the processes of this run cannot connect ({reason})") from error
+    went_well = False
     try:
         with loss_explained(dist.DistError):
             yield
+        went_well = True
     finally:
-        dist.destroy_process_group()
+        if went_well or backend == "gloo":  # NCCL would wait for processes that wait for this one
+            dist.destroy_process_group()
 
 
 def from_first_process(value: object) -> Any:
@@ -1919,7 +1933,7 @@ class RunFolder:
                 for _ in range(2):  # the second one replaces the first
                     patiently(lambda: self.write_once(probe.name, b""), SHORT_PATIENCE)
             finally:
-                probe.unlink(missing_ok=True)
+                patiently(lambda: probe.unlink(missing_ok=True), SHORT_PATIENCE)
             for path in self.path.glob(".*.tmp"):
                 match = re.fullmatch(r"\.+(.+?)(?:\.[0-9a-f]{32}\.tmp)+", path.name)
                 name = match[1] if match else ""
@@ -2777,8 +2791,9 @@ def main(argv: Sequence[str] = ()) -> int:
     signal; 141: nobody reads the output any more.
     """
     rank = process_rank()
-    output = sys.stdout if rank == 0 else io.StringIO()  # only the first process prints
-    bars = (sys.stderr if rank == 0 else None) or io.StringIO()  # stderr may be closed
+    # only the first process prints, and where a stream is closed, none
+    output = (sys.stdout if rank == 0 else None) or io.StringIO()
+    bars = (sys.stderr if rank == 0 else None) or io.StringIO()
     try:
         with redirect_stdout(output), redirect_stderr(bars):
             check_torch()
@@ -2847,7 +2862,7 @@ def keep_freed_memory() -> None:
 
     It otherwise gives memory back to the system, which clears it before it is used again.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         trim_threshold = -1  # this and the next one: numbers of settings in malloc.h
         mmap_threshold = -3
         libc = ctypes.CDLL(None)

@@ -123,7 +123,6 @@ TRAINING: dict[str, Edits] = {
         "            torch.optim.Adam,\n": "            torch.optim.RMSprop,\n",
         "            betas=(settings.beta1, settings.beta2),\n": "",
         "            fused=True,  # the fastest implementation\n": "",
-        "            capturable=True,  # so that a CUDA graph can record it\n": "",
     },
     "another network": {
         DISCRIMINATOR: (

@@ -158,13 +158,13 @@ def test_a_device_that_is_not_there_ends_with_one_line(
     assert contents(".") == {}
 
 
-def let_devices_compute(monkeypatch: pytest.MonkeyPatch, fault: str = "") -> None:
+def let_devices_compute(monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None) -> None:
     """Stand in for the small sum by which a device shows that it can compute, or that it cannot."""
     original = torch.ones
 
     def ones(*size: int, device: torch.device | None = None, **options: object) -> torch.Tensor:
         if fault and device is not None and torch.device(device).type == "cuda":
-            raise RuntimeError(fault)
+            raise fault
         return original(*size, **options)
 
     monkeypatch.setattr(torch, "ones", ones)
@@ -209,24 +209,27 @@ def test_processes_on_a_mac_compute_on_its_cpu_because_mps_cannot_share_gradient
 @pytest.mark.parametrize(
     "fault",
     [
-        "CUDA error: no kernel image is available for execution on the device",
-        "CUDA out of memory. Tried to allocate 2.00 MiB",
+        torch.AcceleratorError("CUDA error: no kernel image is available\nCompile with ..."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+        torch.cuda.DeferredCudaCallError("CUDA call failed lazily at initialization"),
     ],
+    ids=lambda error: type(error).__name__,
 )
 def test_a_gpu_that_cannot_compute_is_told_of_before_training(
-    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str
+    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Exception
 ):
-    let_devices_compute(monkeypatch, f"{fault}\nCompile with `TORCH_USE_CUDA_DSA`")
+    let_devices_compute(monkeypatch, fault)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     outcome = run("--device", "cuda")
-    told = f"error: argument --device: cannot compute on cuda:0 ({fault}"
+    reason = " ".join(str(fault).split())
+    told = f"error: argument --device: cannot compute on cuda:0 ({reason})"
     assert outcome.is_one_line(2, told, "pytorch.org", "cpu")
     assert contents(".") == {}
     assert dcgan_mnist.pick_device("auto") == torch.device("cpu")
     warning = capsys.readouterr().out
     assert warning.startswith("warning: ")
-    assert fault in warning
+    assert reason in warning
     assert warning.endswith("computing on cpu instead\n")
 
 

@@ -75,6 +75,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def test_elsewhere_than_on_linux_the_kind_of_libc_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(sys, "platform", "win32")
+    unreadable = OSError("the Python of an app store cannot be read")
+    monkeypatch.setattr(platform, "libc_ver", raising(unreadable))
+    dcgan_mnist.keep_freed_memory()
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps the memory")
 def test_what_a_step_frees_is_kept_for_the_next_one():
     done = finished([sys.executable, "-c", FAULTS_AFTER_A_COMMAND, "--help"], ROOT)
@@ -504,6 +513,23 @@ def test_a_graph_is_of_full_batches_and_the_last_one_of_an_epoch_is_a_plain_step
     assert gpu.events == events_of([20, 20, 20, 20, 7] * 3)
 
 
+def test_an_optimiser_is_capturable_only_while_a_graph_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    gpu = FakeGPU(monkeypatch)
+    gan = new_gan(batch_size=20)
+    seen = set()
+
+    def step(gan: DCGAN, real: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        groups = [group for optimizer in gan.optimizers() for group in optimizer.param_groups]
+        seen.add((gpu.recording is not None, *(group["capturable"] for group in groups)))
+        return gpu.step(gan, real, z)
+
+    monkeypatch.setattr(dcgan_mnist, "training_step", step)
+    take_steps(gan, step_of_a_gpu(gan), SIZES)
+    assert seen == {(False, False, False), (True, True, True)}
+
+
 def test_graph_off_takes_plain_steps(monkeypatch: pytest.MonkeyPatch):
     gpu = FakeGPU(monkeypatch)
     gan = new_gan(batch_size=20)
@@ -727,6 +753,23 @@ def test_ctrl_c_disconnects(run, connection: FakeConnection, monkeypatch: pytest
 
 LOST = "a process of this run has ended"
 GO_ON = "use --resume to continue"
+
+
+@pytest.mark.parametrize(("device", "state"), [("cpu", "closed"), ("cuda", "open")])
+def test_after_a_failure_nccl_is_left_for_it_would_wait_for_the_others(
+    connection: FakeConnection, device: str, state: str
+):
+    with pytest.raises(KeyboardInterrupt), dcgan_mnist.connected(torch.device(device)):
+        raise KeyboardInterrupt
+    assert connection.state == state
+
+
+def test_after_success_both_backends_are_closed(connection: FakeConnection):
+    for device in ("cpu", "cuda"):
+        connection.state = "none"
+        with dcgan_mnist.connected(torch.device(device)):
+            pass
+        assert connection.state == "closed"
 
 
 @pytest.mark.parametrize("name", ["broadcast_object_list", "all_reduce"])

@@ -368,6 +368,24 @@ def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(
     assert 0 < max(disk.waits) < 1
 
 
+@pytest.mark.usefixtures("disk")
+def test_a_folder_whose_probe_windows_holds_for_a_moment_is_usable(
+    run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dcgan_mnist, "SHORT_PATIENCE", 1.5)
+    refusals = [PermissionError(errno.EACCES, "held by a scanner")] * 3
+    original = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if refusals:
+            raise refusals.pop()
+        original(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    outcome = run(*THREE_STEPS, "--epochs", 1)
+    assert (outcome.code, outcome.err, refusals) == (0, "", [])
+
+
 def hold_by_epoch(monkeypatch: pytest.MonkeyPatch, disk: Disk, names: dict[int, str]) -> None:
     """Let a file be held open in each of some epochs of three steps."""
 

@@ -284,7 +284,7 @@ def test_a_full_disk_is_not_waited_for(run, monkeypatch: pytest.MonkeyPatch, dis
     assert disk.waits == []
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "error",
     [
@@ -292,6 +292,7 @@ def test_a_full_disk_is_not_waited_for(run, monkeypatch: pytest.MonkeyPatch, dis
         torch.AcceleratorError("CUDA error: the launch timed out and was terminated"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
         MemoryError(),
         OSError(errno.ENOSPC, "No space left on device"),  # for the log, say
     ],
@@ -316,8 +317,9 @@ def test_what_the_machine_does_in_a_later_epoch_ends_with_the_way_to_go_on(
 
 
 # ---------------------------------------- streams that are closed ---------------------------------
-def test_it_trains_where_there_is_no_stderr(run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "stderr", None)
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_it_trains_where_a_stream_is_closed(run, monkeypatch: pytest.MonkeyPatch, stream: str):
+    monkeypatch.setattr(sys, stream, None)
     assert run(*TWO_EPOCHS).code == 0
     assert saved()["epoch"] == 2
 
