@@ -1275,10 +1275,10 @@ class SharedStep:
 
 
 def fastest_step(gan: DCGAN, graph: bool = True) -> Step:
-    """Return the fastest training step for this device; on a CPU, layers become faster."""
+    """Return the fastest training step for this device; on a CPU, layers are prepared for it."""
     if gan.device.type == "cpu":
-        for network in gan.networks():
-            use_products(network)
+        use_products(gan.generator)
+        use_products(gan.discriminator)
     if started_by_torchrun():
         return SharedStep(gan)
     if gan.device.type == "cuda" and graph:
@@ -2402,7 +2402,7 @@ def score_save_draw(
     if gan.settings.dry_run:
         end_dry_run(folder)
     elif run.best_epoch:
-        print(f"The best epoch was {run.best_epoch}; add --best to draw with it, from {BEST}")
+        print(f"The best epoch was {run.best_epoch}; --generate N --best draws from its {BEST}")
 
 
 def end_dry_run(folder: RunFolder) -> None:
@@ -2645,8 +2645,8 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_run_flags(group: argparse._ArgumentGroup) -> None:
     """Add how long a run goes on, and what it reads and writes."""
-    help = "epochs in all, including those already done "
-    help += f"(default: {EPOCHS}; with --resume, the run's own number)"
+    help = "epochs in all, including those already done; --resume alone keeps the run's number "
+    help += f"(default: {EPOCHS})"
     group.add_argument("--epochs", type=number_between(int, 1, 100_000), metavar="N", help=help)
     help = f"folder for the results (default: {OUTPUT_DIR})"
     group.add_argument("--output-dir", type=named_path, metavar="DIR", help=help)

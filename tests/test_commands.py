@@ -1072,7 +1072,8 @@ def test_the_generator_of_the_best_epoch_is_kept_named_and_draws(run, fake_score
     run(*THREE_STEPS, "--epochs", 2, "--output-dir", "two")
     fake_scores([30.0, 20.0, 25.0], [10] * 3)
     out = run(*THREE_STEPS, "--epochs", 3).out
-    assert "The best epoch was 2: generator_best.pt" in out.splitlines()[-1]
+    last_line = "The best epoch was 2; --generate N --best draws from its generator_best.pt"
+    assert out.splitlines()[-1] == last_line
     for command in (["--generate", 5], ["--interpolate"]):
         assert run(*command, "--output-dir", "two").code == 0
         assert run(*command, "--best").code == 0

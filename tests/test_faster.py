@@ -166,16 +166,15 @@ def is_product(layer: nn.Module) -> bool:
     return convolution and type(layer) not in (nn.Conv2d, nn.ConvTranspose2d)
 
 
-@pytest.mark.parametrize(("device", "count"), [("cpu", 6), ("cuda", 0), ("mps", 0)])
-def test_a_cpu_trains_and_draws_with_products_and_others_do_not(device: str, count: int):
+@pytest.mark.parametrize(("device", "count"), [("cpu", 4), ("cuda", 0), ("mps", 0)])
+def test_a_cpu_trains_with_products_and_others_do_not(device: str, count: int):
     gan = new_gan()
-    networks = (gan.generator, gan.discriminator, gan.average)
-    before = [id(layer) for network in networks for layer in network.modules()]
+    before = [id(m) for network in (gan.generator, gan.discriminator) for m in network.modules()]
     gan.device = torch.device(device)
     fastest_step(gan)
-    layers = [layer for network in networks for layer in network.modules()]
+    layers = [*gan.generator.modules(), *gan.discriminator.modules()]
     assert [id(layer) for layer in layers] == before
-    assert sum(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers) == 12
+    assert sum(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers) == 8
     assert sum(map(is_product, layers)) == count
 
 
@@ -810,7 +809,8 @@ def test_each_process_that_cannot_connect_ends_with_one_line(
     error = fault("the server is not there\n[127.0.0.1]:29500")
     monkeypatch.setattr(distributed, "init_process_group", raising(error))
     outcome = run(*THREE_STEPS, "--epochs", 1)
-    assert outcome.is_one_line(1, "error: ", "cannot connect (the server is not there)")
+    reason = "(the server is not there [127.0.0.1]:29500)"
+    assert outcome.is_one_line(1, "error: ", f"cannot connect {reason}")
     assert ("process 1: " in outcome.err) == (rank == 1)
     assert connection.state == "none"
     assert not Path("result").exists()
