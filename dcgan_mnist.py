@@ -38,10 +38,13 @@ To change something, go there, and try it with --dry-run:
     first weights               weights_init, which replaces what __init__ has set
     the loss                    training_step, update_generator; curves and signs_of_collapse too
     an optimiser                DCGAN.__init__
-    another network             DCGAN.__init__, where it is seeded, and DCGAN.parts
-    the noise                   sample_noise, from its stream of random numbers
-    a schedule of the rate      train_epochs, before step, from gan.epoch; on a GPU, --graph off.
-                                A resumed run starts with the rate of DCGAN.__init__
+    another network             DCGAN.__init__, where it is seeded, and DCGAN.parts; the inputs in
+                                update_generator, if that loss trains it
+    the noise                   sample_noise, from its stream of random numbers; generators that
+                                were trained before draw from it too
+    a schedule of the rate      group["lr"] of each optimiser, in train_epochs, before step, from
+                                gan.epoch; on a GPU, --graph off. A resumed run starts with the rate
+                                of DCGAN.__init__, and torch's schedulers start anew
     a setting and its flag      a line in Settings; networks take it in new_generator and DCGAN
     what may be trained on      read_pictures; as_digit for pictures in a folder
     how digits become images    to_images; draw, for the way back
@@ -503,8 +506,9 @@ def training_step(gan: DCGAN, real: Tensor, z: Tensor) -> Tensor:
     graph and then replayed, so compute only tensors from tensors on one device: no ``.item()``, no
     printing, no Python number that changes from step to step. (``--graph off`` calls it directly.)
     Do not change ``real`` or ``z``. Take random numbers, as dropout does, from torch's default
-    generators, which each epoch seeds; those of numpy are not seeded. A resumed run has only what
-    is in ``DCGAN.parts``, ``gan.epoch`` and ``gan.steps``.
+    generators, which each epoch seeds; those of numpy are not seeded. A graph reads only ``real``,
+    ``z`` and the same tensors as when it was recorded. A resumed run has only what is in
+    ``DCGAN.parts``, ``gan.epoch`` and ``gan.steps``.
     """
     noises = z.split(len(real))  # one (n, latent_dim, 1, 1) for each update of the generator
     with gan.autocast():
@@ -540,7 +544,8 @@ def update_generator(gan: DCGAN, fake: Tensor) -> tuple[Tensor, Tensor]:
     with gan.autocast():
         on_fake = gan.discriminator.logits(fake)  # (n,)
     loss = bce(on_fake, torch.ones_like(on_fake))
-    # the gradient passes through the discriminator, but none is computed for its weights
+    # The gradient passes through the discriminator, but none is computed for its weights, nor for
+    # those of any network that is not among the inputs.
     loss.backward(inputs=[weight for weight in gan.generator.parameters() if weight.requires_grad])
     gan.optimizer_g.step()
     return on_fake, loss
@@ -1317,15 +1322,7 @@ class ComparedStep:
             optimizer.register_step_pre_hook(self.compare_gradients)
 
     def __call__(self, real: Tensor, z: Tensor) -> Tensor:
-        parts = self.gan.parts()
-        for name, part in self.plain.parts().items():
-            load_state(part, copy.deepcopy(parts[name].state_dict()))
-        for plain, network in zip(self.plain.networks(), self.gan.networks(), strict=True):
-            for copied, weight in zip(plain.parameters(), network.parameters(), strict=True):
-                copied.requires_grad_(weight.requires_grad)
-        for name, value in vars(self.gan).items():
-            if isinstance(value, (int, float)):  # such as epoch, and what an edit makes of it
-                setattr(self.plain, name, value)
+        self.prepare_plain()
         before = {name: weight.detach().clone() for name, weight in named_weights(self.plain)}
         plain_real = real.cpu().clone()
         plain_z = z.cpu().clone()
@@ -1352,6 +1349,22 @@ class ComparedStep:
         else:
             self.judge()
         return stats
+
+    def prepare_plain(self) -> None:
+        """Bring the plain DCGAN to where the other one is, but without gradients."""
+        parts = self.gan.parts()
+        for name, part in self.plain.parts().items():
+            load_state(part, copy.deepcopy(parts[name].state_dict()))
+        for plain, network in zip(self.plain.networks(), self.gan.networks(), strict=True):
+            for copied, weight in zip(plain.parameters(), network.parameters(), strict=True):
+                copied.requires_grad_(weight.requires_grad)
+        for name, value in vars(self.gan).items():
+            if isinstance(value, (int, float)):  # such as epoch, and what an edit makes of it
+                setattr(self.plain, name, value)
+            elif torch.is_tensor(value):
+                setattr(self.plain, name, value.detach().cpu())
+        for optimizer in self.plain.optimizers():
+            optimizer.zero_grad()  # so that a step that forgets this differs
 
     def keep_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Keep the gradients of an update on the device."""

@@ -325,6 +325,30 @@ def test_a_step_that_counts_its_calls_is_found_by_a_dry_run(
     assert re.search(r"error: .*training_step", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["optimizer_d", "optimizer_g"])
+def test_gradients_that_are_not_set_to_zero_are_found_by_a_dry_run(
+    change: Callable[[Edits], ModuleType],
+    flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+):
+    program = change({f"    gan.{name}.zero_grad()\n": ""})
+    assert program.main([*flags, "--dry-run", "--precision", "fp32"]) == 1
+    assert "the gradient of " in capsys.readouterr().err
+
+
+def test_a_tensor_that_training_hands_to_a_step_raises_no_false_alarm(
+    change: Callable[[Edits], ModuleType], flags: list[str]
+):
+    program = change(
+        {
+            STEP: f"                gan.shares = torch.rand(len(real))\n{STEP}",
+            GN_LOSS: "    loss = bce(on_fake, gan.shares)\n",
+        }
+    )
+    assert program.main([*flags, "--dry-run", "--precision", "fp32"]) == 0
+
+
 def test_a_loss_that_cancels_out_raises_no_false_alarm(
     change: Callable[[Edits], ModuleType], flags: list[str]
 ):
