@@ -656,7 +656,7 @@ def of_machine(error: BaseException) -> bool:
 
 @contextmanager
 def explained(
-    what: str, errors: Errors, advice: str = "", failure: type[Failure] = Failure
+    what: str, errors: Errors, advice: str = "", failure: type[Exception] = Failure
 ) -> Iterator[None]:
     """Turn errors into a Failure that says what failed, why, and what to do.
 
@@ -1174,9 +1174,8 @@ class GraphedStep:
         """
         try:
             graph = torch.cuda.CUDAGraph()
-            with ExitStack() as stack:
-                self.make_capturable(stack)
-                stack.enter_context(torch.cuda.graph(graph, stream=torch.cuda.current_stream()))
+            stream = torch.cuda.current_stream()
+            with self.capturable(), torch.cuda.graph(graph, stream=stream):
                 stats = training_step(self.gan, graph_real, graph_z)
         except torch.OutOfMemoryError:
             raise
@@ -1193,13 +1192,16 @@ class GraphedStep:
 
         return replay
 
-    def make_capturable(self, stack: ExitStack) -> None:
-        """Let optimisers such as Adam be recorded until a stack ends; elsewhere they warn of it."""
-        for optimizer in self.gan.optimizers():
-            for group in optimizer.param_groups:
+    @contextmanager
+    def capturable(self) -> Iterator[None]:
+        """In a with block, let optimisers such as Adam be recorded; elsewhere they warn of it."""
+        groups = [group for optimizer in self.gan.optimizers() for group in optimizer.param_groups]
+        with ExitStack() as stack:
+            for group in groups:
                 if "capturable" in group:
                     stack.callback(group.__setitem__, "capturable", group["capturable"])
                     group["capturable"] = True
+            yield
 
 
 def loss_explained(errors: Errors) -> AbstractContextManager[None]:
@@ -1213,14 +1215,13 @@ def connected(device: torch.device) -> Iterator[None]:
     if not started_by_torchrun():
         yield
         return
-    try:
+    what = "the processes of this run cannot connect"
+    # nothing but the connection can fail here; not a Failure, for each process prints its own
+    with explained(what, (RuntimeError, ValueError), failure=ConnectionError):
         store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=1)))
         store.set_timeout(timedelta(minutes=30))  # later, the others wait while the first scores
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
-    except (RuntimeError, ValueError) as error:  # nothing but the connection can fail here
-        reason = textwrap.shorten(str(error), 200)
-        raise ConnectionError(f"the processes of this run cannot connect ({reason})") from error
     went_well = False
     try:
         with loss_explained(dist.DistError):
@@ -1362,7 +1363,7 @@ class ComparedStep:
             if isinstance(value, (int, float)):  # such as epoch, and what an edit makes of it
                 setattr(self.plain, name, value)
             elif torch.is_tensor(value):
-                setattr(self.plain, name, value.detach().cpu())
+                setattr(self.plain, name, value.detach().cpu().clone())
         for optimizer in self.plain.optimizers():
             optimizer.zero_grad()  # so that a step that forgets this differs
 
@@ -1414,14 +1415,14 @@ class ComparedStep:
             flags.append("--device cpu")
         advice = f"try {' or '.join(flags)}; " if flags else ""
         advice += "after an edit, see what training_step may do"
+        limit = TOLERANCE[precision]
         for name, deviation in self.deviations.items():
-            if not deviation <= TOLERANCE[precision]:  # also if it is not a number
+            if not deviation <= limit:  # also if it is not a number
                 wrong = f"{where} does not compute what is written"
                 amount = f"the {name} differs by {deviation:.1e} from that in fp32 on the CPU"
                 raise Failure(f"{wrong}: {amount}; {advice}")
             if deviation > self.largest:
                 self.largest = deviation
-                limit = TOLERANCE[precision]
                 self.result = f"{deviation:.1e} ({name}); up to {limit} may be rounding"
 
 
@@ -2888,7 +2889,6 @@ def keep_freed_memory() -> None:
 def run_script() -> NoReturn:
     """Run this process's command line."""
     keep_freed_memory()
-    gc.freeze()
     with own_process():
         code = main(sys.argv[1:])
         if code == NO_READER:  # or Python complains at exit of what it cannot print

@@ -337,13 +337,14 @@ def test_gradients_that_are_not_set_to_zero_are_found_by_a_dry_run(
     assert "the gradient of " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("in_the_step", ["", "    gan.shares.mul_(0.5)\n"])
 def test_a_tensor_that_training_hands_to_a_step_raises_no_false_alarm(
-    change: Callable[[Edits], ModuleType], flags: list[str]
+    change: Callable[[Edits], ModuleType], flags: list[str], in_the_step: str
 ):
     program = change(
         {
             STEP: f"                gan.shares = torch.rand(len(real))\n{STEP}",
-            GN_LOSS: "    loss = bce(on_fake, gan.shares)\n",
+            GN_LOSS: f"{in_the_step}    loss = bce(on_fake, gan.shares)\n",
         }
     )
     assert program.main([*flags, "--dry-run", "--precision", "fp32"]) == 0

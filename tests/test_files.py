@@ -324,8 +324,8 @@ def test_what_killed_commands_left_half_written_goes_once_it_is_an_hour_old(
     run, earlier_run: dict[str, bytes], command: list
 ):
     number = "0123456789abcdef" * 2
-    ours = ("checkpoint.pt", "generated_epoch_007.png", "history.csv", "digits_score.json")
-    for name in (*ours, f".checkpoint.pt.{number}.tmp"):
+    ours = ("checkpoint.pt", "generated_epoch_007.png", "history.csv", "generated.npy")
+    for name in (*ours, "digits_score.json", f".checkpoint.pt.{number}.tmp"):
         write_half(f".{name}.{number}.tmp", age=3700)
     young = write_half(f".checkpoint.pt.{number[::-1]}.tmp", age=3500)  # of a command at work
     others = [
